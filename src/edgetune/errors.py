@@ -1,0 +1,36 @@
+"""What the user can do something about: problems with a place and a remedy, printed in one place."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, where (``file:line``) and what to do about it."""
+
+    message: str
+    where: str = ""
+    hint: str = ""
+
+
+class EdgetuneError(Exception):
+    """Something the user can fix (exit code 1). Carries every problem that was found, not the first one."""
+
+    exit_code = 1
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(problem.message for problem in self.problems))
+
+
+def failure(message: str, *, where: str = "", hint: str = "") -> EdgetuneError:
+    """Make the error for a single problem."""
+    return EdgetuneError([Problem(message, where, hint)])
+
+
+def missing_extra(extra: str, cause: ImportError) -> EdgetuneError:
+    """Make the error for a package that only an extra of edgetune brings in."""
+    return failure(
+        f"the package {cause.name!r} is not installed",
+        hint=f"run `make setup` in the project, or `pip install 'edgetune[{extra}]'`",
+    )

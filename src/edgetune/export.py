@@ -1,0 +1,118 @@
+"""Export the merged model with onnxruntime-genai's builder: ``gen-model/merged/`` → ``gen-model/onnx/``."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from edgetune.backends import GENAI_CONFIG, exported_end_ids
+from edgetune.dataset import Tokens
+from edgetune.errors import failure, missing_extra
+from edgetune.prompt import end_token_ids, load_tokenizer
+from edgetune.stages import Job, Stage, write_json
+
+_ROWS_COMPARED = 200
+
+
+def inputs(job: Job) -> dict[str, Any]:
+    """Return what the exported model depends on."""
+    return {
+        "merged": job.keys["merge"],
+        "pass": job.workflow.builder.model_dump(exclude_none=True),
+        "device": job.workflow.device,
+    }
+
+
+def build(job: Job, folder: Path) -> dict[str, Any]:
+    """Write the ONNX model. Raises EdgetuneError when the builder cannot, or what it made is not usable."""
+    source = job.project.stage_folder("merge")
+    _run_builder(job, source, folder)
+    config_path = folder / GENAI_CONFIG
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["search"] |= _search_options(job, config["model"]["context_length"])
+    write_json(config_path, config)
+    if exported_end_ids(config) != end_token_ids(source):
+        raise failure(
+            f"the exported model would stop at the ids {sorted(exported_end_ids(config))}, "
+            f"the base model stops at {sorted(end_token_ids(source))}",
+            where=job.project.name(folder),
+            hint="generation_config.json of the base model is missing or damaged",
+        )
+    # The runtime's own tokenizer reads this file; the builder does not copy it for every model class.
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    _check_tokenizer(job, folder)
+    size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+    job.progress.say(
+        f"{job.workflow.builder.precision} for {job.workflow.device}, {size / 1e6:.1f} MB, "
+        f"max_length {config['search']['max_length']}"
+    )
+    return {"bytes": size, "max_length": config["search"]["max_length"]}
+
+
+STAGE = Stage("export", 1, inputs, build)
+
+
+def _run_builder(job: Job, source: Path, folder: Path) -> None:
+    try:
+        from onnxruntime_genai.models.builder import create_model
+    except ImportError as error:
+        raise missing_extra("export", error) from None
+    builder = job.workflow.builder
+    work = folder / "work"
+    try:
+        create_model(
+            str(source),
+            str(source),
+            str(folder),
+            builder.precision,
+            job.workflow.device,
+            str(work),
+            hf_token="false",  # noqa: S106 - everything is local; the builder's default asks the Hub client for a token
+            hf_remote=False,
+            **builder.builder_options(),
+        )
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise failure(
+            f"onnxruntime-genai's builder failed: {type(error).__name__}: {lines[0]}",
+            where=job.project.name(job.project.log("export")),
+            hint="the log has what it printed; --debug shows the traceback",
+        ) from error
+    shutil.rmtree(work, ignore_errors=True)
+    if not (folder / "model.onnx").is_file():
+        raise failure("the builder ended without an ONNX model", where=job.project.name(job.project.log("export")))
+
+
+def _search_options(job: Job, context_length: int) -> dict[str, Any]:
+    """Return the pass's search options; without ``max_length`` the KV cache is made for the whole context."""
+    options = job.workflow.builder.search
+    length = options.get("max_length", context_length)
+    if length > context_length:
+        raise failure(
+            f"search.max_length {length} is longer than the model's context of {context_length} tokens",
+            where=job.workflow.where_in_pass("ModelBuilder", "search", "max_length"),
+            hint=f"use at most {context_length}",
+        )
+    return options
+
+
+def _check_tokenizer(job: Job, folder: Path) -> None:
+    """Raise EdgetuneError unless ONNX Runtime's own tokenizer gives the ids that were trained on."""
+    import onnxruntime_genai as og
+
+    tokenizer = og.Tokenizer(og.Model(str(folder)))
+    reference = load_tokenizer(folder)
+    tokens = Tokens(job.project.stage_folder("data"), "train")
+    for index in range(min(len(tokens), _ROWS_COMPARED)):
+        sample = tokens[index]
+        prompt = sample.ids[: sample.prompt_length]
+        text = reference.decode(prompt, skip_special_tokens=False)
+        if (
+            reference.encode(text, add_special_tokens=False).ids == prompt
+            and tokenizer.encode(text).tolist() != prompt
+        ):
+            raise failure(
+                f"onnxruntime-genai's tokenizer reads the prompt {text!r} differently from the one trained with",
+                where=job.project.name(folder),
+                hint="applications must tokenise with tokenizer.json (`edgetune infer` does); report the model",
+            )

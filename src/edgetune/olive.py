@@ -1,0 +1,75 @@
+"""Run the project's workflow file through stock Olive, and notice when it failed: Olive itself exits 0."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from edgetune.errors import failure, missing_extra
+from edgetune.stages import Job, run_lock
+
+_ERROR_LINES = 8
+
+
+def run(job: Job) -> Path:
+    """Run stock Olive in a process of its own; return the folder with its ONNX model.
+
+    Raises EdgetuneError with Olive's last error lines when no model came out.
+    """
+    if find_spec("olive") is None:
+        raise missing_extra("olive", ImportError(name="olive-ai"))
+    project = job.project
+    output, earlier = project.olive_output, project.olive_output.with_suffix(".old")
+    with run_lock(project), job.progress.running("olive", project.log("olive")):
+        # Olive's cache key leaves out the bytes of the data files: an edited dataset would give the old adapter.
+        shutil.rmtree(project.olive_cache, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+        if output.exists():
+            output.rename(earlier)
+        lines, code = _run_olive(job)
+        if code != 0 or not any(output.rglob("*.onnx")):
+            shutil.rmtree(output, ignore_errors=True)
+            if earlier.exists():
+                earlier.rename(output)
+            raise _failed(job, lines, code)
+        shutil.rmtree(earlier, ignore_errors=True)
+    return output
+
+
+def _run_olive(job: Job) -> tuple[list[str], int]:
+    project = job.project
+    command = [sys.executable, "-m", "olive", "run", "--config", project.config.name]
+    lines: list[str] = []
+    with (
+        project.log("olive").open("w", encoding="utf-8") as log,
+        subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
+            command,
+            cwd=project.config_folder,
+            env=os.environ | {"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            log.write(line)
+            lines.append(line.rstrip())
+            if "Running pass" in line:
+                job.progress.say(line[line.index("Running pass") :].strip())
+    return lines, process.returncode
+
+
+def _failed(job: Job, lines: list[str], code: int) -> Exception:
+    errors = [line for line in lines if "ERROR" in line or "Error:" in line][-_ERROR_LINES:] or lines[
+        -_ERROR_LINES:
+    ]
+    said = "\n  ".join(errors)
+    return failure(
+        f"stock Olive produced no model (its exit code was {code}); it said:\n  {said}",
+        where=job.project.name(job.project.log("olive")),
+        hint="the log has all it printed",
+    )

@@ -1,0 +1,110 @@
+"""Progress on stderr and in ``gen-model/events.jsonl``: a live bar on a terminal, plain lines elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+_PLAIN_INTERVAL = 5.0  # seconds between two plain lines of one step
+
+
+class Progress:
+    """Tells a person, and a file, what a run is doing."""
+
+    def __init__(self, events: Path, stream: TextIO | None = None) -> None:
+        self.events = events
+        self.stream = sys.stderr if stream is None else stream
+        self.live = self.stream.isatty()
+        self.stage = ""
+        self._bar: Bar | None = None
+        self._last_plain = 0.0
+
+    def say(self, text: str, **fields: Any) -> None:
+        """Report something that was done or decided in the current stage."""
+        self._event("note", text=text, **fields)
+        self._write(f"{self.stage:<9} {text}" if self.stage else text)
+
+    def skip(self, stage: str) -> None:
+        """Report a stage that has nothing to do."""
+        self.stage = stage
+        self._event("up to date")
+        self._write(f"{stage:<9} up to date")
+        self.stage = ""
+
+    def advance(self, done: float, total: float, text: str = "") -> None:
+        """Report how far the current stage is; called as often as convenient."""
+        if self.live:
+            self._move_bar(done, total, text)
+        now = time.monotonic()
+        if now - self._last_plain < _PLAIN_INTERVAL and done < total:
+            return
+        self._last_plain = now
+        self._event("progress", done=done, total=total, text=text)
+        if not self.live:
+            self._write(f"{self.stage:<9} {done:g}/{total:g}  {text}".rstrip())
+
+    @contextmanager
+    def running(self, stage: str, log: Path) -> Iterator[None]:
+        """Name the current stage and keep what libraries print meanwhile in ``log``."""
+        self.stage, self._last_plain, started = stage, time.monotonic(), time.monotonic()
+        self._event("start")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+                yield
+        except BaseException as error:
+            self._event("failed", error=type(error).__name__)
+            raise
+        else:
+            self._event("done", seconds=round(time.monotonic() - started, 2))
+        finally:
+            self._close_bar()
+            self.stage = ""
+
+    def _event(self, event: str, **fields: Any) -> None:
+        entry = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "stage": self.stage,
+            "event": event,
+        }
+        self.events.parent.mkdir(parents=True, exist_ok=True)
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry | fields, ensure_ascii=False) + "\n")
+
+    def _write(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self.stream.write(line + "\n")
+            self.stream.flush()
+
+    def _move_bar(self, done: float, total: float, text: str) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Bar(
+                *columns, TextColumn("{task.fields[text]}"), console=Console(file=self.stream), transient=True
+            )
+            self._bar.start()
+            self._bar.add_task(f"{self.stage:<9}", total=total, text=text)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

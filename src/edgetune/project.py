@@ -1,0 +1,95 @@
+"""Folder and file names of a generated project. No other module spells a path."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune.errors import failure
+
+
+@dataclass(frozen=True)
+class Project:
+    """A generated project, known by its root folder (absolute)."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, start: Path) -> "Project":
+        """Return the project that ``start`` lies in. Raises EdgetuneError when there is none."""
+        start = start.absolute()
+        for folder in (start, *start.parents):
+            if cls(folder).config.is_file():
+                return cls(folder)
+        raise failure(
+            f"no edgetune project in {start} or above it (there is no fine-tuning/olive-config.json)",
+            hint="start one with `copier copy <edgetune repository> my-slm`, then run the command inside it",
+        )
+
+    def name(self, path: Path) -> str:
+        """Return ``path`` as messages show it: relative to the project where it lies inside."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+    @property
+    def config_folder(self) -> Path:
+        """The folder the workflow file's relative paths start from."""
+        return self.root / "fine-tuning"
+
+    @property
+    def config(self) -> Path:
+        """The Olive workflow file, the only configuration."""
+        return self.config_folder / "olive-config.json"
+
+    @property
+    def olive_cache(self) -> Path:
+        """Stock Olive's cache (git-ignored)."""
+        return self.config_folder / "cache"
+
+    @property
+    def model_cache(self) -> Path:
+        """Base models, ``<org>/<name>/`` each."""
+        return self.root / "model-cache"
+
+    @property
+    def lock(self) -> Path:
+        """Revision, size and sha256 of every file of the base model."""
+        return self.root / "setup" / "model.lock.json"
+
+    @property
+    def results(self) -> Path:
+        """Everything the runtime makes."""
+        return self.root / "gen-model"
+
+    def stage_folder(self, stage: str) -> Path:
+        """Return the folder a stage publishes."""
+        return self.results / {"train": "adapter", "merge": "merged", "export": "onnx"}.get(stage, stage)
+
+    @property
+    def olive_output(self) -> Path:
+        """Where the workflow file tells stock Olive to put its model."""
+        return self.results / "olive"
+
+    @property
+    def events(self) -> Path:
+        """Progress of all runs, one JSON object a line."""
+        return self.results / "events.jsonl"
+
+    @property
+    def run_lock(self) -> Path:
+        """Held while a command writes into the project."""
+        return self.results / ".lock"
+
+    @property
+    def hash_cache(self) -> Path:
+        """Known sha256 of large files by size, times and inode."""
+        return self.results / ".hashes.json"
+
+    def log(self, stage: str) -> Path:
+        """Return the file that keeps what the libraries print during a stage."""
+        return self.results / "logs" / f"{stage}.log"
+
+    def outputs(self, backend: str) -> Path:
+        """Return the default file for answers to ``--prompts``."""
+        return self.root / "inferences" / f"outputs-{backend}.jsonl"
+
+
+BUILTIN_MODELS = {"edgetune/tiny-phi3": Path(__file__).parent / "builtin" / "tiny-phi3"}
+"""Base models that come with the package. They never fall back to the Hub."""

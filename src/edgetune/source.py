@@ -1,0 +1,93 @@
+"""JSON with line numbers: reads a file and remembers on which line every key and item stands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgetune.errors import Problem, failure
+
+Location = tuple[str | int, ...]
+"""Keys and indices that lead from the top of a JSON document to one of its values."""
+
+
+class _Walker:
+    """Second pass over text that :func:`json.loads` has accepted, so it need not check syntax."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.lines: dict[Location, int] = {}
+        self.duplicates: list[tuple[str, int]] = []
+        self.decoder = json.JSONDecoder()
+
+    def skip(self, at: int) -> int:
+        while at < len(self.text) and self.text[at] in " \t\r\n,:":
+            at += 1
+        return at
+
+    def value(self, at: int, location: Location) -> int:
+        """Record the value that starts at or after ``at``; return the position behind it."""
+        at = self.skip(at)
+        self.lines.setdefault(location, self.text.count("\n", 0, at) + 1)
+        if self.text[at] == "{":
+            return self.members(at + 1, location)
+        if self.text[at] == "[":
+            return self.items(at + 1, location)
+        return self.decoder.raw_decode(self.text, at)[1]
+
+    def members(self, at: int, location: Location) -> int:
+        while self.text[at := self.skip(at)] != "}":
+            line = self.text.count("\n", 0, at) + 1
+            key, at = self.decoder.raw_decode(self.text, at)
+            if (*location, key) in self.lines:
+                self.duplicates.append((key, line))
+            self.lines[(*location, key)] = line
+            at = self.value(at, (*location, key))
+        return at + 1
+
+    def items(self, at: int, location: Location) -> int:
+        index = 0
+        while self.text[at := self.skip(at)] != "]":
+            at = self.value(at, (*location, index))
+            index += 1
+        return at + 1
+
+
+class JsonSource:
+    """A JSON file's content together with the line of each of its keys."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Read ``path``; ``name`` is how messages call it. Raises EdgetuneError with the line of a mistake."""
+        self.name = name
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise failure(f"{name} does not exist", where=name) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise failure(f"{name} cannot be read: {error}", where=name) from None
+        walker = _Walker(text)
+        try:
+            self.data: Any = json.loads(text)
+            walker.value(0, ())
+        except json.JSONDecodeError as error:
+            raise failure(
+                f"not valid JSON: {error.msg} (column {error.colno})",
+                where=f"{name}:{error.lineno}",
+                hint="often a missing or trailing comma on this line or the one above",
+            ) from None
+        except RecursionError:
+            raise failure("nested too deeply to be a workflow file", where=f"{name}:1") from None
+        self.lines = walker.lines
+        self.duplicates = walker.duplicates
+
+    def where(self, *location: str | int) -> str:
+        """Return ``file:line`` of a value, or of the closest enclosing one that exists."""
+        while location not in self.lines and location:
+            location = location[:-1]
+        return f"{self.name}:{self.lines.get(location, 1)}"
+
+    def duplicate_problems(self) -> list[Problem]:
+        """Return a problem for each key that stands twice in one object: readers keep only the last."""
+        return [
+            Problem(f"the key {key!r} appears twice", f"{self.name}:{line}", "remove one of the two")
+            for key, line in self.duplicates
+        ]

@@ -1,0 +1,259 @@
+"""The stage contract: content keys, atomic publishing, manifests, and the run lock.
+
+A stage's key is the hash of the content it depends on. Its output is built in ``<name>.partial/`` and renamed
+into place with ``manifest.json`` as the last file written: no manifest, no stage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from edgetune.config import Workflow, base_model_id
+from edgetune.errors import failure
+from edgetune.progress import Progress
+from edgetune.project import Project
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("edgetune", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-genai", "tokenizers")
+_SETTLED_SECONDS = 2.0  # a file younger than this may still change within its time stamp's resolution
+
+
+@dataclass
+class Job:
+    """One run over one project: what every stage is given."""
+
+    project: Project
+    workflow: Workflow
+    progress: Progress
+    hashes: "Hashes"
+    base_id: str
+    keys: dict[str, str]
+
+    @classmethod
+    def start(cls, project: Project, workflow: Workflow, progress: Progress) -> "Job":
+        """Make the context of a run; ``workflow`` has passed :func:`edgetune.config.load`."""
+        return cls(project, workflow, progress, Hashes(project.hash_cache), base_model_id(workflow, project), {})
+
+    @property
+    def base_folder(self) -> Path:
+        """The base model's folder below ``model-cache/``."""
+        return self.project.model_cache / self.base_id
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step that turns inputs into one published folder."""
+
+    name: str
+    format: int
+    inputs: Callable[[Job], dict[str, Any]]
+    """What the output depends on, by content; cheap, and free of heavy imports."""
+    build: Callable[[Job, Path], dict[str, Any]]
+    """Fills the given folder and returns the metrics for the manifest."""
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Hashes:
+    """sha256 of files, remembered by size, times and inode so that large weights are read once."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.known: dict[str, list[Any]] = {}
+        self.changed = False
+        with suppress(OSError, ValueError):
+            self.known = json.loads(cache.read_text(encoding="utf-8"))
+
+    def __getitem__(self, path: Path) -> str:
+        """Return the sha256 of ``path``; reads the file unless an unchanged, settled one is known."""
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        known = self.known.get(str(path))
+        if known is not None and known[:4] == mark:
+            return str(known[4])
+        digest = sha256(path)
+        if abs(time.time() - max(stat.st_mtime, stat.st_ctime)) > _SETTLED_SECONDS:
+            self.known[str(path)] = [*mark, digest]
+            self.changed = True
+        return digest
+
+    def save(self) -> None:
+        """Write what was learned; a cache that cannot be written only costs time."""
+        if self.changed and self.cache.parent.is_dir():
+            with suppress(OSError):
+                write_json(self.cache, {k: v for k, v in self.known.items() if Path(k).exists()}, indent=None)
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def key_of(stage: str, format_number: int, inputs: Mapping[str, Any]) -> str:
+    """Return the key of a stage: raise ``format_number`` when the same inputs give another result."""
+    content = json.dumps([stage, format_number, inputs], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a published folder's manifest, or None when there is none that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "key" in content and "outputs" in content else None
+
+
+def list_outputs(folder: Path, hashes: Hashes | None = None) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of every file below ``folder``, its manifest excepted."""
+    digest = sha256 if hashes is None else hashes.__getitem__
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+
+
+def is_intact(folder: Path, outputs: Mapping[str, Mapping[str, Any]], hashes: Hashes) -> bool:
+    """Tell whether every listed file is there with the listed bytes."""
+    return all(
+        (path := folder / name).is_file()
+        and path.stat().st_size == entry["size"]
+        and hashes[path] == entry["sha256"]
+        for name, entry in outputs.items()
+    )
+
+
+def is_current(folder: Path, key: str, hashes: Hashes) -> bool:
+    """Tell whether ``folder`` holds the untouched output of the stage with this key."""
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest["key"] == key and is_intact(folder, manifest["outputs"], hashes)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return where the output of ``folder`` is built."""
+    return folder.with_name(folder.name + ".partial")
+
+
+@dataclass
+class Build:
+    """An output under construction."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+@contextmanager
+def building(folder: Path, stage: str, key: str, inputs: Mapping[str, Any]) -> Iterator[Build]:
+    """Give a folder to build in and publish it as ``folder`` when the block ends without an error.
+
+    What an interrupted run with the same key left behind is still there; anything else was removed.
+    """
+    partial = partial_folder(folder)
+    key_file = partial / "key"
+    if not (key_file.is_file() and key_file.read_text(encoding="utf-8") == key):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        key_file.write_text(key, encoding="utf-8")
+    started, build = time.monotonic(), Build(partial, {})
+    _reset_peak_memory()
+    yield build
+    key_file.unlink()
+    manifest = {
+        "stage": stage,
+        "key": key,
+        "inputs": inputs,
+        "outputs": list_outputs(partial),
+        "versions": _versions(),
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_rss_mb": _peak_memory_mb(),
+        "metrics": build.metrics,
+    }
+    write_json(partial / MANIFEST, manifest)
+    publish(partial, folder)
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Rename into place. Killed between the two renames, :func:`recover` finishes the job."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Finish or undo a publication that was interrupted."""
+    partial, old = partial_folder(folder), folder.with_name(folder.name + ".old")
+    if read_manifest(partial) is not None:
+        publish(partial, folder)
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _reset_peak_memory() -> None:
+    """Start a new high-water mark, where the system has one per process that can be reset (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak_memory_mb() -> float:
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
+    try:
+        import resource
+    except ImportError:  # Windows has neither
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+
+
+@contextmanager
+def run_lock(project: Project) -> Iterator[None]:
+    """Hold the project for this process. Raises EdgetuneError naming the process that holds it."""
+    project.results.mkdir(parents=True, exist_ok=True)
+    holder = project.run_lock.with_suffix(".pid")
+    lock = FileLock(project.run_lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        pid = holder.read_text(encoding="ascii").strip() if holder.is_file() else "unknown"
+        raise failure(
+            f"another edgetune run (process {pid}) is working in this project",
+            hint="wait for it to end, or stop it; what it has finished is kept",
+        ) from None
+    try:
+        holder.write_text(str(os.getpid()), encoding="ascii")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()

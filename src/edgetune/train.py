@@ -1,0 +1,258 @@
+"""Train the adapter: base model + tokenised data + LoRA pass → ``gen-model/adapter/``.
+
+PEFT's LoRA on a transformers Trainer, with the loss on completions only. An interrupted run continues from
+its last whole checkpoint.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune.dataset import Tokens
+from edgetune.download import digests
+from edgetune.errors import EdgetuneError, Problem, failure, missing_extra
+from edgetune.prompt import Sample, end_token_ids
+from edgetune.stages import MANIFEST, Hashes, Job, Stage, is_intact, list_outputs, read_manifest, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
+
+_CHECKPOINTS = "checkpoints"
+_SAVES_PER_RUN = 10
+_IGNORED = -100  # the label that transformers leaves out of the loss
+
+
+def inputs(job: Job) -> dict[str, Any]:
+    """Return what the adapter depends on."""
+    lora = job.workflow.lora.model_dump(exclude={"train_data_config", "eval_data_config"}, exclude_none=True)
+    for name in _ONLY_TIME_AND_LOGS:
+        lora["training_args"].pop(name, None)
+    return {
+        "base": digests(job, weights=True),
+        "data": job.keys["data"],
+        "pass": lora,
+        "device": job.workflow.device,
+    }
+
+
+_ONLY_TIME_AND_LOGS = {
+    "gradient_checkpointing",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "run_name",
+    "save_total_limit",
+}
+"""Training arguments that change no weight: editing them does not train again."""
+
+
+def build(job: Job, folder: Path) -> dict[str, Any]:
+    """Train and save the adapter into ``folder``. Raises EdgetuneError for a configuration that cannot work."""
+    check_target_modules(job)
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise missing_extra("train", error) from None
+    transformers.utils.logging.set_verbosity_error()
+    tokens = Tokens(job.project.stage_folder("data"), "train")
+    arguments = _training_arguments(job, folder / _CHECKPOINTS)
+    transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
+    model = _model_with_adapter(job)
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=tokens,
+        eval_dataset=Tokens(job.project.stage_folder("data"), "eval") if job.workflow.eval_data else None,
+        data_collator=_Collator(job.base_folder),
+        callbacks=[_callback(job)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job, folder / _CHECKPOINTS))
+    metrics = _metrics(trainer, result.metrics)
+    if not torch.isfinite(torch.tensor(metrics["loss"])):
+        raise failure(
+            "the training loss is not a number: training diverged",
+            where=job.workflow.where_in_pass("LoRA", "training_args", "learning_rate"),
+            hint="lower learning_rate (a tenth of it is a good try)",
+        )
+    # PEFT has put the local path there, which says nothing on another machine.
+    model.peft_config["default"].base_model_name_or_path = job.base_id
+    model.save_pretrained(folder, save_embedding_layers=False)
+    write_json(folder / "loss.json", trainer.state.log_history)
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    return metrics
+
+
+STAGE = Stage("train", 1, inputs, build)
+
+
+def check_target_modules(job: Job) -> None:
+    """Raise EdgetuneError when a name in ``target_modules`` matches no weight of the base model."""
+    wanted = job.workflow.lora.target_modules
+    if wanted is None:
+        return
+    modules = {name.removesuffix(".weight") for name in tensor_names(job.base_folder) if name.endswith(".weight")}
+    last_names = {name.rpartition(".")[2] for name in modules if name.endswith("_proj")}
+    problems = [
+        Problem(
+            f"target_modules: {name!r} matches no module of {job.base_id}",
+            job.workflow.where_in_pass("LoRA", "target_modules"),
+            f"its linear layers are: {', '.join(sorted(last_names))}",
+        )
+        for name in wanted
+        if not any(module == name or module.endswith("." + name) for module in modules)
+    ]
+    if problems:
+        raise EdgetuneError(problems)
+
+
+def tensor_names(model: Path) -> set[str]:
+    """Return the names in a model's safetensors files.
+
+    Reads only the headers: 8 bytes of length, little-endian, then JSON (the safetensors format).
+    """
+    names: set[str] = set()
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        names |= header.keys() - {"__metadata__"}
+    return names
+
+
+def _training_arguments(job: Job, output: Path) -> Any:
+    """Make transformers' TrainingArguments: the file's values, Olive's defaults, and what the runtime owns."""
+    from transformers import TrainingArguments
+
+    given = job.workflow.lora.training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    given.setdefault("eval_strategy", "steps" if job.workflow.eval_data else "no")
+    if job.workflow.eval_data is None:
+        given["eval_strategy"] = "no"
+    # Checkpoints are for resuming after an interruption: a share of the run, whatever its length.
+    given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
+    given.setdefault("save_total_limit", 2)
+    given.setdefault("gradient_checkpointing", False)
+    given.setdefault("dataloader_pin_memory", job.workflow.device == "cuda")
+    try:
+        return TrainingArguments(
+            output_dir=str(output),
+            use_cpu=job.workflow.device != "cuda",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **given,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        where = job.workflow.where_in_pass("LoRA", "training_args")
+        raise failure(f"training_args: {str(error).splitlines()[0]}", where=where) from None
+
+
+def _model_with_adapter(job: Job) -> Any:
+    """Load the base model in the pass's dtype and put fresh LoRA layers (float32) on it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = job.workflow.lora
+    base = AutoModelForCausalLM.from_pretrained(
+        job.base_folder, dtype=getattr(torch, lora.torch_dtype), local_files_only=True, use_safetensors=True
+    )
+    base.config.use_cache = False
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        where = job.workflow.where_in_pass("LoRA", "target_modules")
+        raise failure(str(error).splitlines()[0], where=where, hint="name the layers in target_modules") from None
+    trained, total = model.get_nb_trainable_parameters()
+    device = "cuda" if job.workflow.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    job.progress.say(
+        f"LoRA r {lora.r} on {', '.join(sorted(model.peft_config['default'].target_modules))}: "
+        f"{trained:,} of {total:,} parameters; {lora.torch_dtype} on {device}"
+    )
+    return model
+
+
+class _Collator:
+    """Pads a batch to its longest row; only completion tokens have labels."""
+
+    def __init__(self, base_folder: Path) -> None:
+        # Padded positions are masked, so any id will do.
+        self.padding = min(end_token_ids(base_folder), default=0)
+
+    def __call__(self, samples: list[Sample]) -> dict[str, "torch.Tensor"]:
+        import torch
+
+        width = max(len(sample.ids) for sample in samples)
+        shape = (len(samples), width)
+        ids = torch.full(shape, self.padding)
+        labels = torch.full(shape, _IGNORED)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for row, sample in enumerate(samples):
+            length = len(sample.ids)
+            ids[row, :length] = torch.tensor(sample.ids)
+            labels[row, sample.prompt_length : length] = ids[row, sample.prompt_length : length]
+            mask[row, :length] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def _callback(job: Job) -> Any:
+    """Make the Trainer callback that reports progress and seals checkpoints."""
+    from transformers import TrainerCallback
+
+    class Report(TrainerCallback):  # type: ignore[misc]
+        loss = ""
+
+        def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+            job.progress.say(
+                f"{state.max_steps} steps of {batch} rows, learning rate {args.learning_rate:g} ({schedule})"
+            )
+
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "eval_loss" in logs:
+                job.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}", **logs)
+            elif "loss" in logs:
+                self.loss = f"loss {float(logs['loss']):.4f}"
+
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            job.progress.advance(state.global_step, state.max_steps, self.loss)
+
+        def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / MANIFEST, {"key": state.global_step, "outputs": list_outputs(checkpoint)})
+
+    return Report()
+
+
+def _last_whole_checkpoint(job: Job, folder: Path) -> str | None:
+    """Return the newest checkpoint whose files are all as they were written; remove the others."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    unknown = Hashes(folder / "no-cache")
+    for checkpoint in reversed(checkpoints):
+        manifest = read_manifest(checkpoint)
+        if manifest is not None and is_intact(checkpoint, manifest["outputs"], unknown):
+            job.progress.say(f"continuing from step {manifest['key']} of an interrupted run")
+            return str(checkpoint)
+        job.progress.say(f"skipping {checkpoint.name}: it was not written completely")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _metrics(trainer: "Trainer", result: dict[str, float]) -> dict[str, Any]:
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "loss": result["train_loss"],
+        "eval_loss": evaluations[-1] if evaluations else None,
+        "rows_per_second": result.get("train_samples_per_second"),
+    }
