@@ -212,4 +212,4 @@ def _read_lock(job: Job) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         name = job.project.name(path)
         hint = "take it from version control again, or delete it and run `edgetune download`"
-        raise failure(f"{name} is damaged", where=name, hint=hint) from None
+        raise failure("the lock file is damaged", where=name, hint=hint) from None

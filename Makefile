@@ -1,0 +1,44 @@
+# Each target makes the environment it needs. Nothing is installed outside .venv.
+
+PYTHON ?= python3
+# Where torch is looked for first: PyTorch's own index has the small CPU builds.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+PINS := src/edgetune/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  PYTHON=command makes .venv with another Python, TORCH_INDEX=url takes torch from another index.'
+
+setup: .venv/.ready ## Make .venv with edgetune and all it is tested with
+
+demo: setup ## Start a project in demo/my-slm, fine-tune it and ask it: offline, on the CPU
+	@test -d demo/my-slm || $(BIN)/copier copy --quiet --defaults --vcs-ref HEAD "$(CURDIR)" demo/my-slm
+	@$(MAKE) --no-print-directory -C demo/my-slm VENV="$(CURDIR)/.venv" finetune
+	@$(MAKE) --no-print-directory -C demo/my-slm VENV="$(CURDIR)/.venv" infer
+	@echo "The int4 model is in demo/my-slm/gen-model/onnx; the project is yours to change: cd demo/my-slm && make help"
+
+test: setup ## Run the tests (a few minutes)
+	$(BIN)/python -m pytest
+
+test-slow: setup ## Run the tests that make environments and run stock Olive
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## Check style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+# The fallback is for networks that reach a package mirror but not PyTorch's index.
+.venv/.ready: pyproject.toml $(PINS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	torch="$$(grep '^torch==' $(PINS))" && \
+	{ $(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 5 --index-url "$(TORCH_INDEX)" "$$torch" || \
+	  $(BIN)/python -m pip install --quiet "$$torch"; }
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --group dev --editable '.[train,export,olive]'
+	@touch .venv/.ready

@@ -1,0 +1,254 @@
+"""Broken input: exit 1, every problem with its place and a hint, and nothing that was there is lost."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Sandbox
+
+
+def line_of(path: Path, text: str, occurrence: int = 1) -> int:
+    """Return the line number of the n-th line that contains ``text``."""
+    lines = [n for n, line in enumerate(path.read_text().splitlines(), start=1) if text in line]
+    return lines[occurrence - 1]
+
+
+def check_refused(project: Sandbox, *expected: str) -> None:
+    """Assert that finetune fails with these messages, in the promised form, and leaves every result alone."""
+    before = project.results()
+
+    result = project.run("finetune")
+
+    assert result.returncode == 1, result.stdout + result.stderr
+    for text in expected:
+        assert f"error: {text}" in result.stderr
+    assert "hint: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert project.results() == before
+
+
+def test_empty_dataset(project: Sandbox) -> None:
+    """A training file without rows."""
+    (project.root / "datasets/train.jsonl").write_text("")
+    check_refused(project, "datasets/train.jsonl: the data set 'train_data' has no rows")
+
+
+def test_missing_dataset(project: Sandbox) -> None:
+    """A data file that is not there is named, with the line that names it."""
+    (project.root / "datasets/eval.jsonl").unlink()
+    line = line_of(project.config, "eval.jsonl")
+    check_refused(
+        project, f"fine-tuning/olive-config.json:{line}: the data file datasets/eval.jsonl does not exist"
+    )
+
+
+def test_malformed_json_line(project: Sandbox) -> None:
+    """A row that is no JSON is named by its line."""
+    path = project.root / "datasets/train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[16] = lines[16][:-3]
+    path.write_text("\n".join(lines) + "\n")
+    check_refused(project, "datasets/train.jsonl:17: not valid JSON")
+
+
+def test_missing_column_everywhere(project: Sandbox) -> None:
+    """A file whose rows all lack a column of the template is one problem, not a thousand."""
+    path = project.root / "datasets/train.jsonl"
+    path.write_text(path.read_text().replace('"tone":', '"label":'))
+    line = line_of(project.config, "text_template")
+    check_refused(
+        project,
+        f"fine-tuning/olive-config.json:{line}: the template names the column 'tone', "
+        "which datasets/train.jsonl lacks",
+    )
+
+
+def test_every_bad_row_is_told_at_once(project: Sandbox) -> None:
+    """Missing, empty and non-text fields in several files come in one report."""
+    for name, number, row in (
+        ("train", 3, {"phrase": "x"}),
+        ("train", 9, {"phrase": "", "tone": "joy"}),
+        ("eval", 2, 7),
+    ):
+        path = project.root / f"datasets/{name}.jsonl"
+        lines = path.read_text().splitlines()
+        lines[number - 1] = json.dumps(row)
+        path.write_text("\n".join(lines))
+    check_refused(
+        project,
+        "datasets/train.jsonl:3: the column 'tone' is missing",
+        "datasets/train.jsonl:9: the column 'phrase' is empty",
+        "datasets/eval.jsonl:2: the row is not a JSON object",
+    )
+
+
+def edit_training_args(**values: Any) -> Callable[[Any], None]:
+    """Return an edit of the LoRA pass's training arguments."""
+    return lambda c: c["passes"]["lora"]["training_args"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("edit", "key", "message", "hint"),
+    [
+        (
+            edit_training_args(learning_rat=1),
+            '"learning_rat"',
+            "does not know the key",
+            "did you mean 'learning_rate'",
+        ),
+        (lambda c: c["passes"]["lora"].update(lora_r=8), "lora_r", "does not know the key 'lora_r'", ""),
+        (lambda c: c.update(azureml_client={}), "azureml_client", "does not know the key", "--engine olive"),
+        (lambda c: c["passes"]["lora"].update(r=-3), '"r"', "greater than or equal to 1", ""),
+        (edit_training_args(learning_rate="fast"), "learning_rate", "valid number", ""),
+        (
+            lambda c: c["passes"]["builder"].update(type="Gptq"),
+            "builder",
+            "no pass of type 'Gptq'",
+            "--engine olive",
+        ),
+        (lambda c: c["passes"]["builder"].update(precision="fp16"), "precision", "cannot run on cpu", "int4"),
+        (
+            lambda c: c["passes"]["lora"].update(train_data_config="no"),
+            "train_data_config",
+            "not defined",
+            "train_data",
+        ),
+        (lambda c: c["passes"].pop("merge_adapter_weights"), "passes", "does not run these passes", "MergeAdapter"),
+        (lambda c: c["input_model"].update(model_path="/phi"), "model_path", "must be ../model-cache/", ""),
+    ],
+)
+def test_config_problem(project: Sandbox, edit: Callable[[Any], object], key: str, message: str, hint: str) -> None:
+    """A key or value the native engine cannot honour is refused with its line and the way out."""
+    project.edit(edit)
+    line = line_of(project.config, key)
+
+    result = project.run("status")
+
+    assert result.returncode == 1
+    assert re.search(
+        rf"^error: fine-tuning/olive-config\.json:{line}: .*{re.escape(message)}", result.stderr, re.MULTILINE
+    )
+    assert hint in result.stderr
+
+
+def test_config_syntax_error(project: Sandbox) -> None:
+    """A workflow file that is no JSON is refused with line and column."""
+    text = project.config.read_text().replace('"systems": {', '"systems" {')
+    project.config.write_text(text)
+    check_refused(project, f"fine-tuning/olive-config.json:{line_of(project.config, 'systems')}: not valid JSON")
+
+
+def test_key_given_twice(project: Sandbox) -> None:
+    """A key that stands twice is refused: JSON readers keep only the last one, silently."""
+    project.config.write_text(project.config.read_text().replace('"r": 64,', '"r": 8,\n      "r": 64,'))
+    line = line_of(project.config, '"r": 64')
+
+    result = project.run("status")
+
+    assert result.returncode == 1
+    assert f"error: fine-tuning/olive-config.json:{line}: the key 'r' appears twice" in result.stderr
+
+
+def test_several_config_problems_are_told_at_once(project: Sandbox) -> None:
+    """Two mistakes are two errors in one run."""
+    project.edit(lambda c: (c["passes"]["lora"].update(r=0), c["passes"]["builder"].update(block=1)))
+
+    assert project.run("status").stderr.count("error: ") == 2
+
+
+def test_target_module_that_matches_nothing(project: Sandbox) -> None:
+    """A misspelt layer name is refused before any weights are loaded, with the names there are."""
+    project.edit(lambda c: c["passes"]["lora"].update(target_modules=["q_proj", "o_proj"]))
+    line = line_of(project.config, '"target_modules"')
+    check_refused(project, f"fine-tuning/olive-config.json:{line}: target_modules: 'q_proj' matches no module")
+    assert "qkv_proj" in project.run("finetune").stderr
+
+
+def test_template_with_unknown_column(project: Sandbox) -> None:
+    """A template that names a column the data lacks."""
+
+    def edit(config: Any) -> None:
+        for data in config["data_configs"]:
+            data["pre_process_data_config"]["text_template"] = (
+                "<|user|>\n{mood}<|end|>\n<|assistant|>\n{tone}<|end|>"
+            )
+
+    project.edit(edit)
+    line = line_of(project.config, "text_template")
+    check_refused(project, f"fine-tuning/olive-config.json:{line}: the template names the column 'mood'")
+
+
+def test_template_without_end_token(project: Sandbox) -> None:
+    """A completion without an end token would make a model that never stops: refused, with the right token."""
+
+    def edit(config: Any) -> None:
+        for data in config["data_configs"]:
+            process = data["pre_process_data_config"]
+            process["text_template"] = process["text_template"].removesuffix("<|end|>")
+
+    project.edit(edit)
+    check_refused(project, f"fine-tuning/olive-config.json:{line_of(project.config, 'text_template')}: 1")
+    assert "<|end|>" in project.run("data").stderr
+
+
+def test_rows_longer_than_the_limit(project: Sandbox) -> None:
+    """Rows longer than max_seq_len are an error: cutting them would cut the completion."""
+
+    def edit(config: Any) -> None:
+        for data in config["data_configs"]:
+            data["pre_process_data_config"]["max_seq_len"] = 12
+
+    project.edit(edit)
+    check_refused(project, f"fine-tuning/olive-config.json:{line_of(project.config, 'max_seq_len')}: ")
+
+
+def test_base_model_that_is_nowhere(project: Sandbox) -> None:
+    """A base model that is neither there nor to be fetched leaves all results alone and names the ways out."""
+    project.edit(lambda c: c["input_model"].update(model_path="../model-cache/nobody/nothing"))
+    before = project.results()
+
+    result = project.run("finetune", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+
+    assert result.returncode == 1
+    assert "error: " in result.stderr
+    assert "model-cache/nobody/nothing" in result.stderr
+    assert project.results() == before
+
+
+def test_removed_base_model_comes_back(project: Sandbox) -> None:
+    """The built-in base model is restored from the package, byte for byte, and nothing else runs again."""
+    folder = project.root / "model-cache/edgetune/tiny-phi3"
+    weights = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    before = project.keys()
+
+    assert project.run("finetune").returncode == 0
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert project.keys() == before
+
+
+def test_changed_base_model_is_refused(project: Sandbox) -> None:
+    """Base weights that differ from the lock are an error, not a new base."""
+    weights = project.root / "model-cache/edgetune/tiny-phi3/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    check_refused(project, "setup/model.lock.json: files in model-cache/edgetune/tiny-phi3 differ from")
+
+
+def test_outside_a_project(tmp_path: Path) -> None:
+    """Without a project every command says how to start one."""
+    result = Sandbox(tmp_path).run("finetune")
+
+    assert result.returncode == 1
+    assert "copier copy" in result.stderr
+
+
+def test_usage_errors_exit_2(tuned: Sandbox) -> None:
+    """A wrong option is a usage error."""
+    assert tuned.run("finetune", "--fast").returncode == 2

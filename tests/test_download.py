@@ -1,0 +1,203 @@
+"""Base models arrive whole and stay what they were: built-in, adopted, copied, or from a Hub server."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from conftest import Sandbox
+from edgetune.project import BUILTIN_MODELS
+
+TINY = BUILTIN_MODELS["edgetune/tiny-phi3"]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubServer(ThreadingHTTPServer):
+    """The part of the Hub's protocol a download needs, serving the built-in model as ``acme/phi``."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _HubHandler)
+        self.gated = False
+        self.files = {path.name: path.read_bytes() for path in TINY.iterdir()}
+        self.files["pytorch_model.bin"] = b"pickle"
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        """The endpoint for ``HF_ENDPOINT``."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    server: HubServer
+
+    def log_message(self, format: str, *_: object) -> None:  # noqa: A002 - the base class's name
+        """Keep the test output clean."""
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        self.server.requests.append(path)
+        if self.server.gated:
+            self._send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "accept first"})
+        elif path.startswith("/api/models/acme/phi"):
+            siblings = [{"rfilename": name} for name in self.server.files]
+            content = {
+                "id": "acme/phi",
+                "modelId": "acme/phi",
+                "sha": COMMIT,
+                "private": False,
+                "siblings": siblings,
+            }
+            tree = [
+                {"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in self.server.files.items()
+            ]
+            self._send(200, json.dumps(tree if "/tree/" in path else content).encode(), {}, body=body)
+        elif path.startswith(f"/acme/phi/resolve/{COMMIT}/"):
+            content_bytes = self.server.files[path.rpartition("/")[2]]
+            etag = f'"{hashlib.sha256(content_bytes).hexdigest()}"'
+            self._send(200, content_bytes, {"ETag": etag, "X-Repo-Commit": COMMIT}, body=body)
+        else:
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], *, body: bool = True) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """Serve until the test ends."""
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def hub_project(fresh: Sandbox) -> Sandbox:
+    """Return a project whose base model is ``acme/phi``."""
+    fresh.edit(lambda c: c["input_model"].update(model_path="../model-cache/acme/phi"))
+    return fresh
+
+
+def lock_of(project: Sandbox) -> dict[str, dict[str, object]]:
+    """Return the lock file's content."""
+    content: dict[str, dict[str, object]] = json.loads((project.root / "setup/model.lock.json").read_text())
+    return content
+
+
+def test_built_in_model_is_copied_and_locked(fresh: Sandbox) -> None:
+    """The default base model needs no network, and its bytes are pinned."""
+    result = fresh.run("download", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "model-cache/edgetune/tiny-phi3\n"
+    entry = lock_of(fresh)["edgetune/tiny-phi3"]
+    assert entry["source"] == "built-in"
+    weights = fresh.root / "model-cache/edgetune/tiny-phi3/model.safetensors"
+    assert weights.read_bytes() == (TINY / "model.safetensors").read_bytes()
+
+
+def test_hub_model_is_fetched_by_commit_without_pickle(hub_project: Sandbox, hub: HubServer) -> None:
+    """A Hub id is resolved to a commit, which the lock keeps; only files that are used are fetched."""
+    result = hub_project.run("download", env={"HF_ENDPOINT": hub.url})
+
+    assert result.returncode == 0, result.stderr
+    entry = lock_of(hub_project)["acme/phi"]
+    assert (entry["source"], entry["revision"]) == ("hub", COMMIT)
+    folder = hub_project.root / "model-cache/acme/phi"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in TINY.iterdir()}
+    assert not any("pytorch_model.bin" in request for request in hub.requests)
+
+
+def test_complete_model_needs_no_request(hub_project: Sandbox, hub: HubServer) -> None:
+    """With everything there, the second download asks nobody."""
+    assert hub_project.run("download", env={"HF_ENDPOINT": hub.url}).returncode == 0
+    hub.requests.clear()
+
+    result = hub_project.run("download", env={"HF_ENDPOINT": hub.url})
+
+    assert result.returncode == 0
+    assert "up to date" in result.stderr
+    assert hub.requests == []
+
+
+def test_locked_model_with_other_bytes_is_refused(hub_project: Sandbox, hub: HubServer) -> None:
+    """When the server gives other bytes for the locked commit, that is an error, not the base model."""
+    assert hub_project.run("download", env={"HF_ENDPOINT": hub.url}).returncode == 0
+    shutil.rmtree(hub_project.root / "model-cache/acme")
+    hub.files["config.json"] += b" "
+
+    result = hub_project.run("download", env={"HF_ENDPOINT": hub.url})
+
+    assert result.returncode == 1
+    assert "differs from setup/model.lock.json" in result.stderr
+    assert "--update-lock" in result.stderr
+    assert not (hub_project.root / "model-cache/acme/phi").exists()
+    assert hub_project.run("download", "--update-lock", env={"HF_ENDPOINT": hub.url}).returncode == 0
+
+
+def test_gated_model_says_where_to_ask(hub_project: Sandbox, hub: HubServer) -> None:
+    """A gated repository is an error that names the page and where the token goes."""
+    hub.gated = True
+
+    result = hub_project.run("download", env={"HF_ENDPOINT": hub.url})
+
+    assert result.returncode == 1
+    assert "is gated" in result.stderr
+    assert "HF_TOKEN" in result.stderr
+
+
+def test_unknown_model_is_told(hub_project: Sandbox, hub: HubServer) -> None:
+    """A repository that is not there is an error that points at the workflow file."""
+    hub_project.edit(lambda c: c["input_model"].update(model_path="../model-cache/acme/other"))
+
+    result = hub_project.run("download", env={"HF_ENDPOINT": hub.url})
+
+    assert result.returncode == 1
+    assert "error: fine-tuning/olive-config.json: acme/other was not found on the Hub" in result.stderr
+
+
+def test_weights_put_there_by_hand_are_adopted(hub_project: Sandbox) -> None:
+    """Weights in the right folder are hashed into the lock on first use and never fetched."""
+    folder = hub_project.root / "model-cache/acme/phi"
+    shutil.copytree(TINY, folder)
+
+    assert hub_project.run("data", env={"HF_ENDPOINT": "http://127.0.0.1:9"}).returncode == 0
+
+    assert lock_of(hub_project)["acme/phi"]["source"] == "local"
+
+
+def test_model_is_copied_from_a_folder(hub_project: Sandbox, tmp_path: Path) -> None:
+    """``--from`` takes a base model from any folder; an unusable folder is refused and leaves nothing."""
+    result = hub_project.run("download", "--from", str(tmp_path))
+    assert result.returncode == 1
+    assert "acme/phi has no config.json" in result.stderr
+    assert not (hub_project.root / "model-cache/acme/phi").exists()
+
+    assert hub_project.run("download", "--from", str(TINY)).returncode == 0
+    assert (hub_project.root / "model-cache/acme/phi/config.json").is_file()
+
+
+def test_damaged_lock_is_told(fresh: Sandbox) -> None:
+    """A lock file that is no lock file is an error with a remedy."""
+    for text in ("{", "[]", '{"edgetune/tiny-phi3": 3}'):
+        (fresh.root / "setup/model.lock.json").write_text(text)
+        result = fresh.run("download")
+        assert result.returncode == 1
+        assert "error: setup/model.lock.json: the lock file is damaged" in result.stderr
