@@ -15,19 +15,20 @@ from edgetune.errors import EdgetuneError, Problem, failure
 from edgetune.project import Project
 
 if TYPE_CHECKING:
+    from edgetune.config import Workflow
     from edgetune.stages import Job
 
 EXIT_INTERRUPTED = 130
 _MOST_PROBLEMS = 50
 
 
-def _start(arguments: argparse.Namespace) -> "Job":
+def _start(arguments: argparse.Namespace, load: "Callable[[Project], Workflow] | None" = None) -> "Job":
     from edgetune import config
     from edgetune.progress import Progress
     from edgetune.stages import Job
 
     project = Project.find(arguments.project)
-    return Job.start(project, config.load(project), Progress(project.events))
+    return Job.start(project, (load or config.load)(project), Progress(project.events))
 
 
 def _run_steps(arguments: argparse.Namespace, last: str, **options: Any) -> "Job":
@@ -70,9 +71,9 @@ def finetune(arguments: argparse.Namespace) -> None:
     if arguments.engine == "native":
         _print_result(_run_steps(arguments, "export"), "export")
         return
-    from edgetune import olive
+    from edgetune import config, olive
 
-    job = _run_steps(arguments, "download")
+    job = _start(arguments, config.load_for_olive)
     print(job.project.name(olive.run(job)))
 
 

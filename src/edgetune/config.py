@@ -346,6 +346,27 @@ def load(project: Project) -> Workflow:
     return workflow
 
 
+def load_for_olive(project: Project) -> Workflow:
+    """Read only which base model the file wants; stock Olive judges all the rest.
+
+    Raises EdgetuneError when the file is no JSON object.
+    """
+    source = JsonSource(project.config, project.name(project.config))
+    if not isinstance(source.data, dict):
+        raise EdgetuneError([Problem("not a JSON object", source.where())])
+    model = source.data.get("input_model")
+    model = model if isinstance(model, dict) else {}
+    kwargs = model.get("load_kwargs")
+    revision = kwargs.get("revision") if isinstance(kwargs, dict) else None
+    workflow = Workflow.model_construct(
+        input_model=InputModel.model_construct(
+            model_path=str(model.get("model_path", "")), load_kwargs=LoadKwargs.model_construct(revision=revision)
+        )
+    )
+    workflow._source = source  # noqa: SLF001 - an attribute of our own class
+    return workflow
+
+
 def _explain(error: Any, source: JsonSource) -> Problem:
     """Turn one of pydantic's errors into a problem with a line and a hint."""
     location: tuple[str | int, ...] = error["loc"]

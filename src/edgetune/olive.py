@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from edgetune import workflow
 from edgetune.errors import failure, missing_extra
 from edgetune.stages import Job, run_lock
 
@@ -21,6 +22,8 @@ def run(job: Job) -> Path:
     if find_spec("olive") is None:
         raise missing_extra("olive", ImportError(name="olive-ai"))
     project = job.project
+    if job.base_id:  # otherwise Olive resolves the path by itself
+        workflow.run(job, "download")
     output, earlier = project.olive_output, project.olive_output.with_suffix(".old")
     with run_lock(project), job.progress.running("olive", project.log("olive")):
         # Olive's cache key leaves out the bytes of the data files: an edited dataset would give the old adapter.

@@ -1,0 +1,711 @@
+"""The copier template: what it renders, what it refuses, and what the rendered files do."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import copier
+import pytest
+import yaml  # type: ignore[import-untyped]
+from packaging.requirements import Requirement
+
+REPOSITORY = Path(__file__).parents[1]
+CONSTRAINTS = Path("src/edgetune/constraints.txt")
+CATALOGUE: dict[str, dict[str, Any]] = yaml.safe_load((REPOSITORY / "copier.yml").read_text(encoding="utf-8"))[
+    "catalogue"
+]["default"]
+MODELS = [name for name in CATALOGUE if name != "custom"]
+FORMATS = {
+    "phi3": "<|user|>\n{phrase}<|end|>\n<|assistant|>\n{tone}<|end|>",
+    "chatml": "<|im_start|>user\n{phrase}<|im_end|>\n<|im_start|>assistant\n{tone}<|im_end|>",
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{phrase}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{tone}<|eot_id|>",
+    "gemma": "<bos><start_of_turn>user\n{phrase}<end_of_turn>\n<start_of_turn>model\n{tone}<end_of_turn>",
+    "mistral": "<s>[INST] {phrase}[/INST]{tone}</s>",
+    "plain": "{phrase}\n{tone}<|endoftext|>",
+}
+COMMANDS = {
+    "download": "download",
+    "data": "data",
+    "finetune": "finetune",
+    "infer": "infer --prompts inferences/prompts.jsonl",
+    "olive": "finetune --engine olive",
+    "status": "status",
+}
+
+
+def copy_template(folder: Path) -> Path:
+    """Copy what copier reads of this repository."""
+    shutil.copytree(REPOSITORY / "template", folder / "template")
+    shutil.copy(REPOSITORY / "copier.yml", folder)
+    (folder / CONSTRAINTS).parent.mkdir(parents=True)
+    shutil.copy(REPOSITORY / CONSTRAINTS, folder / CONSTRAINTS)
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git as nobody in particular, without the developer's own git configuration."""
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.invalid"]
+    command = ["git", *identity, *arguments]
+    clean = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull}
+    return subprocess.run(command, cwd=folder, env=clean, check=True, capture_output=True, text=True).stdout
+
+
+def commit(folder: Path, tag: str | None = None) -> None:
+    """Commit everything in ``folder``, which becomes a repository if it is none."""
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "state")
+    if tag:
+        git(folder, "tag", tag)
+
+
+def render(source: Path | str, project: Path, **answers: str) -> Path:
+    """Render with defaults for everything that is not in ``answers``."""
+    settings = copier.Settings()
+    copier.run_copy(str(source), project, answers, defaults=True, quiet=True, settings=settings)
+    return project
+
+
+def config_of(project: Path) -> dict[str, Any]:
+    """Load a project's Olive workflow file."""
+    return dict(json.loads((project / "fine-tuning/olive-config.json").read_text(encoding="utf-8")))
+
+
+def requirement_of(project: Path) -> str:
+    """Return the line of ``setup/requirements.txt`` that installs edgetune."""
+    lines = (project / "setup/requirements.txt").read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith("edgetune"))
+
+
+def make(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make in ``project``, untouched by a make that runs these tests."""
+    ours = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON", "TORCH_INDEX"}
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(["make", *arguments], cwd=project, env=clean, check=False, capture_output=True, text=True)
+
+
+def script(path: Path, *lines: str) -> Path:
+    """Write an executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the template in a plain folder whose path has a space."""
+    return copy_template(tmp_path_factory.mktemp("a template"))
+
+
+@pytest.fixture(scope="session")
+def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a project with the default answers, for reading only."""
+    return render(template, tmp_path_factory.mktemp("rendered") / "my slm")
+
+
+@pytest.fixture
+def own_project(project: Path, tmp_path: Path) -> Path:
+    """Return a copy of the default project for one test to change."""
+    return shutil.copytree(project, tmp_path / "my slm")
+
+
+@pytest.fixture(scope="session")
+def git_template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield a git repository of the template, tagged v0.1.0; copier keeps its mirrors beside it."""
+    folder = tmp_path_factory.mktemp("remote")
+    repository = copy_template(folder / "edgetune.git")
+    commit(repository, "v0.1.0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COPIER_CACHE_DIR", str(folder / "mirrors"))
+        yield repository
+
+
+# ---------------------------------------------------------------- what is rendered
+
+
+def test_a_project_has_the_documented_files_and_no_others(project: Path) -> None:
+    """A render with default answers is the tree of the design, no more and no less."""
+    files = {path.relative_to(project).as_posix() for path in project.rglob("*") if path.is_file()}
+
+    assert files == {
+        ".copier-answers.yml",
+        ".env.example",
+        ".github/workflows/ci.yml",
+        ".gitignore",
+        "Makefile",
+        "README.md",
+        "datasets/README.md",
+        "datasets/eval.jsonl",
+        "datasets/train.jsonl",
+        "fine-tuning/README.md",
+        "fine-tuning/olive-config.json",
+        "gen-model/.gitkeep",
+        "inferences/README.md",
+        "inferences/prompts.jsonl",
+        "model-cache/.gitkeep",
+        "setup/requirements.txt",
+    }
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {},
+        {"base_model": "google/gemma-3-1b-it", "project_name": "tone.v2_a-b"},
+        {"base_model": "Qwen/Qwen3-0.6B"},
+        {"base_model": "custom", "custom_model": "some.org/a-model_1.5", "prompt_format": "plain"},
+    ],
+    ids=["default", "gated", "own-template", "custom"],
+)
+def test_text_files_are_complete(template: Path, tmp_path: Path, answers: dict[str, str]) -> None:
+    """No template syntax is left over, every file ends with one newline, and JSON and YAML parse."""
+    rendered = render(template, tmp_path / "out", **answers)
+
+    for path in (p for p in rendered.rglob("*") if p.is_file() and p.name != ".gitkeep"):
+        text = path.read_text(encoding="utf-8")
+        assert not [mark for mark in ("{{", "}}", "{%", "%}", "{#") if mark in text], path
+        assert text.endswith("\n"), path
+        assert not text.endswith("\n\n"), path
+        if path.suffix == ".json":
+            json.loads(text)
+        if path.suffix == ".yml":
+            yaml.safe_load(text)
+        if path.suffix == ".jsonl":
+            assert all(isinstance(json.loads(line), dict) for line in text.splitlines()), path
+
+
+def test_prompts_are_not_in_the_datasets(project: Path) -> None:
+    """The model is asked about phrases that it has neither learned from nor been measured on."""
+
+    def phrases(name: str) -> set[str]:
+        lines = (project / name).read_text(encoding="utf-8").splitlines()
+        return {json.loads(line)["phrase"].lower() for line in lines}
+
+    prompts = phrases("inferences/prompts.jsonl")
+
+    assert 4 <= len(prompts) <= 6
+    assert prompts.isdisjoint(phrases("datasets/train.jsonl") | phrases("datasets/eval.jsonl"))
+
+
+def test_rendering_is_fast(template: Path, tmp_path: Path) -> None:
+    """Copier's own time for a project stays below a second."""
+    start = time.process_time()
+
+    render(template, tmp_path / "out")
+
+    assert time.process_time() - start < 1
+
+
+def test_after_copying_the_next_commands_can_be_pasted(template: Path, tmp_path: Path) -> None:
+    """The message quotes the project's folder for the shell, and the commands are make targets."""
+    folder = tmp_path / "it's mine"
+    command = [sys.executable, "-m", "copier", "copy", "--defaults", str(template), str(folder)]
+
+    message = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    change = next(line for line in message.splitlines() if line.strip().startswith("cd "))
+    pasted = subprocess.run(["sh", "-c", f"{change} && pwd"], check=True, capture_output=True, text=True).stdout
+    assert pasted.strip() == str(folder)
+    assert "make finetune && make infer" in message
+
+
+def test_ignored_are_secrets_and_everything_generated(own_project: Path) -> None:
+    """Git sees what describes the project, the lock file and the two empty folders included."""
+    generated = [
+        ".env",
+        ".venv/bin/python",
+        "fine-tuning/cache/x.json",
+        "gen-model/onnx/model.onnx",
+        "gen-model/.lock",
+        "inferences/outputs-onnx.jsonl",
+        "model-cache/edgetune/tiny-phi3/model.safetensors",
+    ]
+    for name in [*generated, "setup/model.lock.json"]:
+        (own_project / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_project / name).touch()
+    git(own_project, "init", "--quiet")
+
+    seen = git(own_project, "ls-files", "--others", "--exclude-standard").splitlines()
+
+    assert not set(generated) & set(seen)
+    assert {"setup/model.lock.json", "model-cache/.gitkeep", "gen-model/.gitkeep", ".env.example"} <= set(seen)
+
+
+# ---------------------------------------------------------------- the workflow file
+
+
+@pytest.mark.parametrize("base_model", MODELS)
+def test_every_catalogue_model_fits_its_configuration(template: Path, tmp_path: Path, base_model: str) -> None:
+    """Layer names, prompt format and sizes are those of the model's family."""
+    config = config_of(render(template, tmp_path / "out", base_model=base_model))
+
+    family = base_model.split("/")[1].lower()
+    is_phi = "phi" in family
+    data = [entry["pre_process_data_config"] for entry in config["data_configs"]]
+    begins = {"phi": "<|user|>", "qwen": "<|im_start|>", "smol": "<|im_start|>", "llam": "<|begin_of_text|>"}
+    begins |= {"tiny": "<|user|>", "gemm": "<bos>", "mist": "<s>[INST]"}
+    ends = {"phi": "<|end|>", "qwen": "<|im_end|>", "smol": "<|im_end|>", "llam": "<|eot_id|>"}
+    ends |= {"tiny": "<|end|>", "gemm": "<end_of_turn>", "mist": "</s>"}
+    key = "phi" if family.startswith("phi") else family[:4]
+    assert config["input_model"]["model_path"] == f"../model-cache/{base_model}"
+    assert config["passes"]["lora"]["target_modules"] == (
+        ["o_proj", "qkv_proj"] if is_phi else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    assert data[0] == data[1]
+    assert data[0]["text_template"].startswith(begins[key])
+    assert data[0]["text_template"].endswith("{tone}" + ends[key])
+    assert data[0]["max_seq_len"] <= config["passes"]["builder"]["search"]["max_length"] <= 4096
+
+
+@pytest.mark.parametrize("prompt_format", FORMATS)
+def test_a_custom_model_gets_the_chosen_prompt_format(template: Path, tmp_path: Path, prompt_format: str) -> None:
+    """The format's special tokens stand literally around the two columns; the answers remember the choice."""
+    answers = {"base_model": "custom", "custom_model": "me/mine", "prompt_format": prompt_format}
+
+    rendered = render(template, tmp_path / "out", **answers)
+
+    data = config_of(rendered)["data_configs"][0]["pre_process_data_config"]
+    recorded = yaml.safe_load((rendered / ".copier-answers.yml").read_text(encoding="utf-8"))
+    assert data["text_template"] == FORMATS[prompt_format]
+    assert data["text_cols"] == [name for _, name, _, _ in Formatter().parse(FORMATS[prompt_format]) if name]
+    assert config_of(rendered)["input_model"]["model_path"] == "../model-cache/me/mine"
+    assert answers.items() <= recorded.items()
+
+
+@pytest.mark.parametrize(
+    ("base_model", "text_template"),
+    [
+        ("microsoft/Phi-4-mini-instruct", "<|user|>{phrase}<|end|><|assistant|>{tone}<|end|>"),
+        (
+            "Qwen/Qwen3-1.7B",
+            FORMATS["chatml"].replace("assistant\n", "assistant\n<think>\n\n</think>\n\n"),
+        ),
+    ],
+)
+def test_models_that_differ_from_their_family(
+    template: Path, tmp_path: Path, base_model: str, text_template: str
+) -> None:
+    """Phi-4-mini has no line breaks between turns; Qwen3 is told not to think aloud."""
+    config = config_of(render(template, tmp_path / "out", base_model=base_model))
+
+    assert config["data_configs"][0]["pre_process_data_config"]["text_template"] == text_template
+
+
+def test_the_paths_in_the_workflow_exist(project: Path) -> None:
+    """Data files are found from the workflow's folder, and results stay inside the project."""
+    config = config_of(project)
+    start = project / "fine-tuning"
+
+    assert all((start / entry["load_dataset_config"]["data_files"]).is_file() for entry in config["data_configs"])
+    assert (start / config["output_dir"]).resolve() == project / "gen-model/olive"
+    assert (start / config["cache_dir"]).resolve() == project / "fine-tuning/cache"
+
+
+@pytest.fixture(scope="session")
+def stock_olive() -> Any:
+    """Return the module of stock Olive that reads workflow files."""
+    os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
+    return pytest.importorskip("olive.workflows.run.config", reason="stock Olive (extra: olive) is not installed")
+
+
+@pytest.mark.parametrize("base_model", ["edgetune/tiny-phi3", "google/gemma-3-1b-it"])
+def test_stock_olive_accepts_the_workflow(
+    template: Path, tmp_path: Path, stock_olive: Any, base_model: str
+) -> None:
+    """Olive's own schema takes the file and keeps the steps and their order."""
+    config = config_of(render(template, tmp_path / "out", base_model=base_model))
+
+    workflow = stock_olive.RunConfig.model_validate(config)
+
+    assert [steps[0].type for steps in workflow.passes.values()] == [
+        "lora",
+        "mergeadapterweights",
+        "modelbuilder",
+    ]
+    assert workflow.engine.output_dir == Path("../gen-model/olive").resolve()
+
+
+def test_stock_olive_ignores_no_key(project: Path, stock_olive: Any) -> None:
+    """Olive drops keys it does not know with a mere warning or none: the workflow has none of them."""
+    import transformers
+    from olive.data.component.text_generation import TextGenParams
+    from olive.hardware.accelerator import AcceleratorSpec
+    from olive.package_config import OlivePackageConfig
+    from olive.passes.pytorch.lora import HFTrainingArguments
+
+    assert stock_olive
+    config = config_of(project)
+    accelerator = AcceleratorSpec("cpu", "CPUExecutionProvider")
+    packages = OlivePackageConfig.load_default_config()
+
+    for step in config["passes"].values():
+        known = packages.import_pass_module(step["type"]).default_config(accelerator)
+        assert set(step) - {"type"} <= set(known), step["type"]
+    trainer = set(transformers.TrainingArguments.__dataclass_fields__)
+    assert set(config["passes"]["lora"]["training_args"]) <= trainer | set(HFTrainingArguments.model_fields)
+    for entry in config["data_configs"]:
+        assert set(entry["pre_process_data_config"]) <= set(TextGenParams.model_fields)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"method": "qlora"}, "method.*'qlora' is not in"),
+        ({"device": "cuda"}, "device.*'cuda' is not in"),
+        ({"dataset": "qa"}, "dataset.*'qa' is not in"),
+        ({"compute": "azureml"}, "compute.*'azureml' is not in"),
+        ({"columns": "question,answer"}, 'The dataset "tone" has the columns phrase,tone'),
+        ({"base_model": "nobody/nothing"}, "base_model.*'nobody/nothing' is not in"),
+        ({"base_model": "custom"}, "needs custom_model, a Hub id: organisation/name"),
+        ({"base_model": "custom", "custom_model": "../up"}, "needs custom_model, a Hub id"),
+        ({"base_model": "custom", "custom_model": "a/b/c"}, "needs custom_model, a Hub id"),
+        ({"base_model": "custom", "custom_model": MODELS[1]}, "is in the catalogue"),
+        ({"base_model": "custom", "custom_model": "a/b", "prompt_format": "alpaca"}, "'alpaca' is not in"),
+        ({"custom_model": "a/b"}, "with base_model=custom only"),
+        ({"prompt_format": "gemma"}, "The catalogue knows the prompt format of edgetune/tiny-phi3"),
+        ({"project_name": "a/b"}, "project_name.*Letters, digits"),
+        ({"project_name": ""}, "project_name.*Letters, digits"),
+        ({"project_name": "-x"}, "project_name.*Letters, digits"),
+        ({"runtime_requirement": "torch"}, "A requirement for edgetune"),
+        ({"runtime_requirement": "edgetune\ntorch"}, "A requirement for edgetune"),
+        ({"catalogue": "{}"}, "The catalogue is part of the template"),
+        ({"model": "{}"}, "This follows from base_model"),
+    ],
+    ids=lambda value: ",".join(f"{k}={v!r}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_a_wrong_answer_is_refused(template: Path, tmp_path: Path, answers: dict[str, str], message: str) -> None:
+    """Also for questions that are not asked: nothing given with ``--data`` is silently ignored."""
+    with pytest.raises(ValueError, match=message):
+        render(template, tmp_path / "out", **answers)
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"),
+    [(".", 'copier copy "$PWD" my-slm'), ("../x", 'copier copy "$PWD/../x" my-slm')],
+)
+def test_a_relative_template_path_is_refused(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, advice: str
+) -> None:
+    """Neither installing nor updating would work from it; the message has the command that does."""
+    monkeypatch.chdir(shutil.copytree(template, tmp_path / "x"))
+
+    with pytest.raises(ValueError, match="is relative") as refused:
+        render(source, tmp_path / "out")
+
+    assert advice in str(refused.value)
+
+
+# ---------------------------------------------------------------- setup/requirements.txt
+
+
+def test_pins_are_those_of_the_constraints_file(project: Path) -> None:
+    """Exact versions come from one file; all packages that this project runs with are pinned."""
+    constraints = (REPOSITORY / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in constraints if "==" in line and not line.startswith("#"))
+
+    lines = (project / "setup/requirements.txt").read_text(encoding="utf-8").splitlines()
+
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert pins == {name: version for name, version in tested.items() if name in pins}
+    assert set(tested) - set(pins) == {"bitsandbytes", "copier"}
+
+
+def test_a_folder_is_installed_from_its_file_url(template: Path, project: Path) -> None:
+    """The path is percent-encoded, so that pip finds a folder whose name has a space."""
+    line = requirement_of(project)
+
+    requirement = Requirement(line)
+    assert " " in str(template)
+    assert requirement.url == template.resolve().as_uri()
+    assert requirement.extras == {"train", "export", "olive"}
+
+
+def test_a_tagged_repository_is_installed_at_the_tag(git_template: Path, tmp_path: Path) -> None:
+    """The runtime has the version of the template."""
+    rendered = render(git_template.as_uri(), tmp_path / "out")
+
+    assert Requirement(requirement_of(rendered)).url == f"git+{git_template.as_uri()}@v0.1.0"
+
+
+def test_a_commit_without_a_tag_is_installed_by_its_full_hash(git_template: Path, tmp_path: Path) -> None:
+    """Git's description of such a commit, or a shortened hash, could not be fetched."""
+    newer = tmp_path / "newer.git"
+    git(tmp_path, "clone", "--quiet", str(git_template), str(newer))
+    (newer / "template/newer.txt").touch()
+    commit(newer)
+    settings = copier.Settings()
+
+    copier.run_copy(newer.as_uri(), tmp_path / "out", defaults=True, quiet=True, vcs_ref="HEAD", settings=settings)
+
+    head = git(newer, "rev-parse", "HEAD").strip()
+    assert Requirement(requirement_of(tmp_path / "out")).url == f"git+{newer.as_uri()}@{head}"
+
+
+@pytest.mark.parametrize(
+    ("source", "cloned", "installed"),
+    [
+        ("gh:acme/edgetune", "https://github.com/acme/edgetune.git", "https://github.com/acme/edgetune"),
+        ("gl:acme/edgetune", "https://gitlab.com/acme/edgetune.git", "https://gitlab.com/acme/edgetune"),
+        ("git+https://h.example/e", "https://h.example/e", "https://h.example/e"),
+        ("git@h.example:acme/e.git", "git@h.example:acme/e.git", "ssh://git@h.example/acme/e.git"),
+        ("ssh://git@h.example/e.git", "ssh://git@h.example/e.git", "ssh://git@h.example/e.git"),
+    ],
+)
+def test_every_spelling_of_a_git_address_is_one_that_pip_knows(
+    git_template: Path, tmp_path: Path, source: str, cloned: str, installed: str
+) -> None:
+    """Copier's shortcuts and ssh's short form are written out."""
+    rewrite = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{git_template.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": cloned,
+    }
+    command = [sys.executable, "-m", "copier", "copy", "--quiet", "--defaults", source, str(tmp_path / "out")]
+
+    subprocess.run(command, env=os.environ | rewrite, check=True, capture_output=True)
+
+    assert Requirement(requirement_of(tmp_path / "out")).url == f"git+{installed}@v0.1.0"
+
+
+def test_a_password_in_the_address_is_refused(git_template: Path, tmp_path: Path) -> None:
+    """It would be committed with the project."""
+    address = "https://me:secret@h.example/e.git"
+    rewrite = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{git_template.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": address,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "copier",
+        "copy",
+        "--quiet",
+        "--defaults",
+        address,
+        str(tmp_path / "out"),
+    ]
+
+    done = subprocess.run(command, env=os.environ | rewrite, check=False, capture_output=True, text=True)
+
+    assert done.returncode != 0
+    assert "carries a password" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_requirement_can_be_given(template: Path, tmp_path: Path) -> None:
+    """A whole requirement replaces the one derived from the template, and is remembered for updates."""
+    wish = "edgetune[train,export]==0.1.0 --no-binary edgetune"
+
+    rendered = render(template, tmp_path / "out", runtime_requirement=wish)
+
+    assert requirement_of(rendered) == wish
+    assert yaml.safe_load((rendered / ".copier-answers.yml").read_text())["runtime_requirement"] == wish
+
+
+# ---------------------------------------------------------------- the Makefile
+
+
+def test_help_lists_every_target_before_setup(project: Path) -> None:
+    """Plain ``make`` is ``make help``; it needs no environment and works in a path with a space."""
+    listed = make(project)
+
+    assert " " in str(project)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout == make(project, "help").stdout
+    names = [line.split()[1] for line in listed.stdout.splitlines() if line.startswith("  make ")]
+    assert names == ["help", "setup", *COMMANDS, "clean"]
+    assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize("target", COMMANDS)
+def test_a_target_sets_up_and_runs_one_command(project: Path, target: str) -> None:
+    """The last line that is run is the edgetune command, visible as it stands in the README."""
+    dry = make(project, "-n", target)
+
+    lines = dry.stdout.splitlines()
+    assert lines[0] == "python3 -m venv .venv"
+    assert lines[-1] == f".venv/bin/edgetune {COMMANDS[target]}"
+    assert sum(line.startswith(".venv/bin/edgetune") for line in lines) == 1
+    assert f"| `make {target}` | `edgetune {COMMANDS[target]}` |" in (project / "README.md").read_text()
+
+
+def test_an_existing_environment_is_used_as_it_is(own_project: Path, tmp_path: Path) -> None:
+    """With VENV nothing is installed and no .venv appears."""
+    script(tmp_path / "an env/bin/edgetune", 'echo "called with $*"')
+
+    done = make(own_project, "infer", f"VENV={tmp_path / 'an env'}")
+
+    assert "called with infer --prompts inferences/prompts.jsonl" in done.stdout
+    assert not (own_project / ".venv").exists()
+
+
+def test_an_environment_without_edgetune_is_an_error(own_project: Path, tmp_path: Path) -> None:
+    """The message says what is missing and how to get it."""
+    done = make(own_project, "status", f"VENV={tmp_path}")
+
+    assert done.returncode != 0
+    assert f"error: there is no edgetune in VENV={tmp_path}" in done.stderr
+    assert "hint: install it there with: pip install -r setup/requirements.txt" in done.stderr
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> Path:
+    """Return a Python that makes environments of itself and writes down what its pip is asked for."""
+    log = tmp_path / "pip.log"
+    return script(
+        tmp_path / "fake-python",
+        'if [ "$2" = venv ]; then',
+        '  mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "#!/bin/sh" > "$3/bin/edgetune"',
+        '  chmod +x "$3/bin/edgetune"; exit 0',
+        "fi",
+        f'echo "$*" >> "{log}"',
+        'case "$*" in *no-index-here*) exit 1;; esac',
+    )
+
+
+def pip_calls(fake_python: Path) -> list[str]:
+    """Return the arguments pip was called with."""
+    return (fake_python.parent / "pip.log").read_text(encoding="utf-8").splitlines()
+
+
+def test_setup_takes_torch_from_its_own_index(own_project: Path, fake_python: Path) -> None:
+    """The pinned torch comes first, alone and without waiting for a dead index, then the rest."""
+    torch = next(p for p in (REPOSITORY / CONSTRAINTS).read_text().splitlines() if p.startswith("torch=="))
+
+    done = make(own_project, "setup", f"PYTHON={fake_python}")
+
+    assert done.returncode == 0, done.stderr
+    index = "--index-url https://download.pytorch.org/whl/cpu"
+    assert pip_calls(fake_python) == [
+        f"-m pip install --no-deps --retries 0 --timeout 5 {index} {torch}",
+        "-m pip install -r setup/requirements.txt",
+    ]
+
+
+def test_setup_falls_back_when_the_torch_index_is_out_of_reach(own_project: Path, fake_python: Path) -> None:
+    """Torch then comes from wherever pip is configured to look."""
+    done = make(own_project, "status", f"PYTHON={fake_python}", "TORCH_INDEX=https://no-index-here")
+
+    assert done.returncode == 0, done.stderr
+    first, second, third = pip_calls(fake_python)
+    assert "--index-url https://no-index-here" in first
+    assert second == f"-m pip install {first.split()[-1]}"
+    assert third == "-m pip install -r setup/requirements.txt"
+
+
+def test_setup_is_repeated_only_after_the_requirements_change(own_project: Path, fake_python: Path) -> None:
+    """A second command installs nothing; an edited requirements.txt is installed by the next one."""
+    python = f"PYTHON={fake_python}"
+    requirements = own_project / "setup/requirements.txt"
+    make(own_project, "setup", python)
+
+    make(own_project, "status", python)
+    unchanged = len(pip_calls(fake_python))
+    os.utime(requirements, (time.time() + 5, time.time() + 5))
+    make(own_project, "status", python)
+
+    assert unchanged == 2
+    assert len(pip_calls(fake_python)) == 4
+
+
+def test_a_failed_setup_is_not_taken_for_done(own_project: Path, fake_python: Path) -> None:
+    """When pip fails, no command runs, and the next make starts again."""
+    requirements = own_project / "setup/requirements.txt"
+    requirements.write_text(requirements.read_text().replace("torch==", "torch==no-index-here"), encoding="utf-8")
+
+    done = make(own_project, "status", f"PYTHON={fake_python}")
+
+    assert done.returncode != 0
+    assert ".venv/bin/edgetune status" not in done.stdout
+    assert not (own_project / ".venv/.ready").exists()
+
+
+def test_clean_removes_results_only(own_project: Path) -> None:
+    """Data, base model, lock file, configuration and answers stay."""
+    results = ["gen-model/onnx/model.onnx", "gen-model/adapter/x", "fine-tuning/cache/x"]
+    kept = ["model-cache/edgetune/tiny-phi3/x", "setup/model.lock.json", "inferences/outputs-onnx.jsonl"]
+    before = {path for path in own_project.rglob("*") if path.is_file()}
+    for name in results + kept:
+        (own_project / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_project / name).touch()
+
+    done = make(own_project, "clean")
+
+    assert done.returncode == 0, done.stderr
+    assert not any((own_project / name).exists() for name in results)
+    assert all((own_project / name).exists() for name in kept)
+    assert all(path.exists() for path in before)
+
+
+# ---------------------------------------------------------------- copier update
+
+
+def test_an_update_keeps_what_the_user_owns(git_template: Path, tmp_path: Path) -> None:
+    """Edited settings stay beside the template's new ones; data and prompts are left alone, even deleted."""
+    released = tmp_path / "edgetune.git"
+    git(tmp_path, "clone", "--quiet", str(git_template), str(released))
+    project = render(released.as_uri(), tmp_path / "my-slm")
+    config = project / "fine-tuning/olive-config.json"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"learning_rate": 0.001', '"learning_rate": 0.0007'),
+        "utf-8",
+    )
+    (project / "datasets/eval.jsonl").unlink()
+    (project / "inferences/prompts.jsonl").unlink()
+    (project / "datasets/train.jsonl").write_text('{"phrase": "mine", "tone": "joy"}\n', encoding="utf-8")
+    commit(project)
+    changed = {
+        "template/Makefile": ("Show this list", "Show all targets"),
+        "template/fine-tuning/olive-config.json.jinja": (
+            '"log_severity_level": 1',
+            '"log_severity_level": 2',
+        ),
+        "template/datasets/train.jsonl": ("phrase", "sentence"),
+        "template/inferences/prompts.jsonl": ("phrase", "sentence"),
+    }
+    for name, (old, new) in changed.items():
+        text = (released / name).read_text(encoding="utf-8")
+        assert old in text
+        (released / name).write_text(text.replace(old, new), encoding="utf-8")
+    commit(released, "v0.2.0")
+
+    copier.run_update(project, defaults=True, overwrite=True, quiet=True, settings=copier.Settings())
+
+    assert config_of(project)["passes"]["lora"]["training_args"]["learning_rate"] == 0.0007
+    assert config_of(project)["log_severity_level"] == 2
+    assert "Show all targets" in (project / "Makefile").read_text(encoding="utf-8")
+    assert (project / "datasets/train.jsonl").read_text() == '{"phrase": "mine", "tone": "joy"}\n'
+    assert not (project / "datasets/eval.jsonl").exists()
+    assert not (project / "inferences/prompts.jsonl").exists()
+    assert Requirement(requirement_of(project)).url == f"git+{released.as_uri()}@v0.2.0"
+    assert not list(project.rglob("*.rej"))
+
+
+def test_copying_again_keeps_data_and_prompts(template: Path, own_project: Path) -> None:
+    """Rendering over a project, as `copier recopy` does, overwrites no row of the user's."""
+    own = ["datasets/train.jsonl", "datasets/eval.jsonl", "inferences/prompts.jsonl"]
+    for name in own:
+        (own_project / name).write_text('{"phrase": "mine"}\n', encoding="utf-8")
+    (own_project / "Makefile").write_text("", encoding="utf-8")
+
+    copier.run_copy(
+        str(template), own_project, defaults=True, overwrite=True, quiet=True, settings=copier.Settings()
+    )
+
+    assert all((own_project / name).read_text(encoding="utf-8") == '{"phrase": "mine"}\n' for name in own)
+    assert (own_project / "Makefile").read_text(encoding="utf-8")
