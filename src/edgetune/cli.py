@@ -47,8 +47,14 @@ def download(arguments: argparse.Namespace) -> None:
 
 
 def data(arguments: argparse.Namespace) -> None:
-    """Check and tokenise the datasets."""
-    _print_result(_run_steps(arguments, "data"), "data")
+    """Check and tokenise the datasets, and show how a row is trained on."""
+    from edgetune import dataset
+
+    job = _run_steps(arguments, "data")
+    for role, counts in dataset.counts(job).items():
+        print(f"{role:<11} {counts['rows']:,} rows, {counts['tokens']:,} tokens, longest row {counts['longest']}")
+    for name, text in dataset.first_sample(job).items():
+        print(f"{name:<11} {json.dumps(text, ensure_ascii=False)}")
 
 
 def train(arguments: argparse.Namespace) -> None:

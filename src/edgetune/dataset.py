@@ -16,9 +16,9 @@ from typing import Any, Literal
 from edgetune.config import DataConfig
 from edgetune.download import digests
 from edgetune.errors import EdgetuneError, Problem, missing_extra
-from edgetune.prompt import Encoder, Sample
+from edgetune.prompt import Encoder, Sample, load_tokenizer
 from edgetune.source import JsonSource
-from edgetune.stages import Job, Stage
+from edgetune.stages import Job, Stage, read_manifest
 
 _BATCH_ROWS = 4096
 
@@ -111,16 +111,30 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
         problems += found
         if found:
             continue
-        counts, found = _tokenise(job, rows, config, encoder, folder / role)
+        totals, found = _tokenise(job, rows, config, encoder, folder / role)
         problems += found
-        metrics[role] = counts
-        job.progress.say("{role}: {rows} rows, {tokens} tokens, longest {longest}".format(role=role, **counts))
+        metrics[role] = totals
+        job.progress.say("{role}: {rows:,} rows, {tokens:,} tokens, longest {longest}".format(role=role, **totals))
     if problems:
         raise EdgetuneError(problems)
     return metrics
 
 
 STAGE = Stage("data", 1, inputs, build)
+
+
+def counts(job: Job) -> dict[str, dict[str, int]]:
+    """Return the rows and tokens of the tokenised data sets by role."""
+    manifest = read_manifest(job.project.stage_folder("data"))
+    return {} if manifest is None else manifest["metrics"]
+
+
+def first_sample(job: Job) -> dict[str, str]:
+    """Return prompt and completion of the first training row, decoded from the ids that are trained on."""
+    sample = Tokens(job.project.stage_folder("data"), "train")[0]
+    tokenizer = load_tokenizer(job.base_folder)
+    parts = {"prompt": sample.ids[: sample.prompt_length], "completion": sample.ids[sample.prompt_length :]}
+    return {name: tokenizer.decode(ids, skip_special_tokens=False) for name, ids in parts.items()}
 
 
 def check_rows(job: Job) -> None:

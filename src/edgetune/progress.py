@@ -1,5 +1,6 @@
 """Progress on stderr and in ``gen-model/events.jsonl``: a live bar on a terminal, plain lines elsewhere."""
 
+import io
 import json
 import sys
 import time
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
 _PLAIN_INTERVAL = 5.0  # seconds between two plain lines of one step
 
 
+class _LibraryOutput(io.TextIOBase):
+    """Takes what libraries print; one object for all stages, since log handlers keep the stream they met first."""
+
+    file: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        return self.file.write(text) if self.file is not None else len(text)
+
+    def flush(self) -> None:
+        if self.file is not None:
+            self.file.flush()
+
+
 class Progress:
     """Tells a person, and a file, what a run is doing."""
 
@@ -25,6 +39,7 @@ class Progress:
         self.stage = ""
         self._bar: Bar | None = None
         self._last_plain = 0.0
+        self._libraries = _LibraryOutput()
 
     def say(self, text: str, **fields: Any) -> None:
         """Report something that was done or decided in the current stage."""
@@ -56,8 +71,9 @@ class Progress:
         self.stage, self._last_plain, started = stage, time.monotonic(), time.monotonic()
         self._event("start")
         log.parent.mkdir(parents=True, exist_ok=True)
+        output = self._libraries
         try:
-            with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+            with log.open("w", encoding="utf-8") as output.file, redirect_stdout(output), redirect_stderr(output):
                 yield
         except BaseException as error:
             self._event("failed", error=type(error).__name__)
@@ -65,6 +81,7 @@ class Progress:
         else:
             self._event("done", seconds=round(time.monotonic() - started, 2))
         finally:
+            output.file = None
             self._close_bar()
             self.stage = ""
 

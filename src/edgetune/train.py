@@ -95,13 +95,14 @@ def check_target_modules(job: Job) -> None:
     wanted = job.workflow.lora.target_modules
     if wanted is None:
         return
-    modules = {name.removesuffix(".weight") for name in tensor_names(job.base_folder) if name.endswith(".weight")}
-    last_names = {name.rpartition(".")[2] for name in modules if name.endswith("_proj")}
+    shapes = tensor_shapes(job.base_folder)
+    modules = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+    layers = {name.split(".")[-2] for name, shape in shapes.items() if len(shape) == 2 and _in_layer(name)}  # noqa: PLR2004
     problems = [
         Problem(
             f"target_modules: {name!r} matches no module of {job.base_id}",
             job.workflow.where_in_pass("LoRA", "target_modules"),
-            f"its linear layers are: {', '.join(sorted(last_names))}",
+            f"its linear layers are: {', '.join(sorted(layers))}",
         )
         for name in wanted
         if not any(module == name or module.endswith("." + name) for module in modules)
@@ -110,17 +111,21 @@ def check_target_modules(job: Job) -> None:
         raise EdgetuneError(problems)
 
 
-def tensor_names(model: Path) -> set[str]:
-    """Return the names in a model's safetensors files.
+def _in_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def tensor_shapes(model: Path) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in a model's safetensors files by name.
 
     Reads only the headers: 8 bytes of length, little-endian, then JSON (the safetensors format).
     """
-    names: set[str] = set()
+    shapes: dict[str, list[int]] = {}
     for path in model.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        names |= header.keys() - {"__metadata__"}
-    return names
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
 
 
 def _training_arguments(job: Job, output: Path) -> Any:
