@@ -1,0 +1,1 @@
+"""The built-in base model and tone dataset, and the seeded scripts that make them."""
