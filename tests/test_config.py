@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from edgetune import config
+from edgetune import config, schema
 from edgetune.source import JsonSource
 
 JSON = st.recursive(
@@ -40,9 +40,9 @@ def test_every_key_has_the_line_it_stands_on(
 @pytest.mark.parametrize(
     ("model", "olive_pass"),
     [
-        (config.LoRA, "LoRA"),
-        (config.MergeAdapterWeights, "MergeAdapterWeights"),
-        (config.ModelBuilder, "ModelBuilder"),
+        (schema.LoRA, "LoRA"),
+        (schema.MergeAdapterWeights, "MergeAdapterWeights"),
+        (schema.ModelBuilder, "ModelBuilder"),
     ],
 )
 def test_passes_have_olives_keys_and_defaults(model: type[BaseModel], olive_pass: str) -> None:
@@ -67,11 +67,11 @@ def test_training_arguments_are_transformers_own() -> None:
 
     names = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     olive = HFTrainingArguments()
-    for name, field in config.TrainingArguments.model_fields.items():
+    for name, field in schema.TrainingArguments.model_fields.items():
         assert name in names
         if name in ("learning_rate", "lr_scheduler_type", "report_to", "eval_strategy"):
             assert field.default == getattr(olive, name)
-        elif name not in config.PASSED_ON_ARGUMENTS and name != "gradient_checkpointing":
+        elif name not in schema.PASSED_ON_ARGUMENTS and name != "gradient_checkpointing":
             assert field.default == names[name].default, name
 
 
@@ -79,7 +79,7 @@ def test_data_keys_are_olives_own() -> None:
     """The keys of a data config are those Olive reads, with its defaults where the native engine has one."""
     from olive.data.component.text_generation import TextGenParams
 
-    for name, field in config.PreProcess.model_fields.items():
+    for name, field in schema.PreProcess.model_fields.items():
         assert name in TextGenParams.model_fields
         if not field.is_required():
             assert field.default == TextGenParams.model_fields[name].default, name
@@ -89,7 +89,7 @@ def test_precisions_are_what_the_builder_documents() -> None:
     """Every offered precision and device pair is one the builder's own check lets through."""
     from onnxruntime_genai.models.builder import set_io_dtype, set_onnx_dtype
 
-    for device, precisions in config.PRECISIONS.items():
+    for device, precisions in schema.PRECISIONS.items():
         for precision in precisions:
             assert set_io_dtype(precision, device, {}) is not None
             assert set_onnx_dtype(precision, {}) is not None

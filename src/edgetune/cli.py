@@ -15,7 +15,7 @@ from edgetune.errors import EdgetuneError, Problem, failure
 from edgetune.project import Project
 
 if TYPE_CHECKING:
-    from edgetune.config import Workflow
+    from edgetune.schema import Workflow
     from edgetune.stages import Job
 
 EXIT_INTERRUPTED = 130

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgetune.config import DataConfig
 from edgetune.download import digests
 from edgetune.errors import EdgetuneError, Problem, missing_extra
 from edgetune.prompt import Encoder, Sample, load_tokenizer
+from edgetune.schema import DataConfig
 from edgetune.source import JsonSource
 from edgetune.stages import Job, Stage, read_manifest
 

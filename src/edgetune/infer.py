@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.backends import Answer, Backend, OnnxBackend
-from edgetune.config import Workflow
 from edgetune.errors import EdgetuneError, Problem, failure
 from edgetune.project import Project
+from edgetune.schema import Workflow
 from edgetune.stages import read_manifest
 
 Row = dict[str, Any]

@@ -19,10 +19,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from edgetune.config import Workflow, base_model_id
+from edgetune.config import base_model_id
 from edgetune.errors import failure
 from edgetune.progress import Progress
 from edgetune.project import Project
+from edgetune.schema import Workflow
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("edgetune", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-genai", "tokenizers")

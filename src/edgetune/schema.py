@@ -1,0 +1,305 @@
+"""The keys of the Olive workflow file that the native engine honours, with Olive's defaults.
+
+A test holds these models against Olive's own schema. Nothing here needs Olive, torch or transformers.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    create_model,
+    field_validator,
+)
+
+from edgetune.prompt import Template
+from edgetune.source import JsonSource
+
+BUILDER_DEVICE = {
+    "CPUExecutionProvider": "cpu",
+    "CUDAExecutionProvider": "cuda",
+    "DmlExecutionProvider": "dml",
+}
+"""Execution provider → the name onnxruntime-genai's builder has for it."""
+
+PRECISIONS = {
+    "cpu": ("int4", "fp32"),
+    "cuda": ("int4", "fp16", "bf16", "fp32"),
+    "dml": ("int4", "fp16"),
+}
+"""What onnxruntime-genai 0.14.1 can build for a device."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LoadKwargs(_Strict):
+    """How transformers loads the base model."""
+
+    revision: str | None = None
+    trust_remote_code: Literal[False] = False
+
+
+class InputModel(_Strict):
+    """The base model."""
+
+    type: Literal["HfModel"]
+    model_path: str
+    task: Literal["text-generation", "text-generation-with-past"] = "text-generation"
+    load_kwargs: LoadKwargs = LoadKwargs()
+
+
+class Accelerator(_Strict):
+    """What the exported model runs on."""
+
+    device: Literal["cpu", "gpu"]
+    execution_providers: Annotated[
+        list[Literal["CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionProvider"]],
+        Field(min_length=1, max_length=1),
+    ]
+
+
+class System(_Strict):
+    """A machine; Olive takes one accelerator per system."""
+
+    type: Literal["LocalSystem"]
+    accelerators: Annotated[list[Accelerator], Field(min_length=1, max_length=1)]
+
+
+class LoadDataset(_Strict):
+    """Arguments of ``datasets.load_dataset``. Olive's default split, ``validation``, fits no file."""
+
+    data_name: Literal["json", "csv"]
+    data_files: str | list[str]
+    split: str
+
+
+class PreProcess(_Strict):
+    """How rows become text. Olive's own defaults join rows and add special tokens, so both must be set."""
+
+    text_template: str
+    text_cols: str | list[str] = ["text"]
+    strategy: Literal["line-by-line"]
+    add_special_tokens: Literal[False]
+    max_seq_len: Annotated[int, Field(ge=2)] = 1024
+    max_samples: Annotated[int, Field(ge=1)] | None = None
+    # These two change only time and memory; the native engine pads each batch to its longest row.
+    pad_to_max_len: bool = True
+    use_attention_mask: bool = True
+
+    @field_validator("text_template")
+    @classmethod
+    def _is_a_template(cls, value: str) -> str:
+        Template.parse(value)
+        return value
+
+
+class DataConfig(_Strict):
+    """A named data set."""
+
+    name: str
+    type: Literal["HuggingfaceContainer"]
+    load_dataset_config: LoadDataset
+    pre_process_data_config: PreProcess
+
+    @property
+    def template(self) -> Template:
+        """The prompt contract of this data."""
+        return Template.parse(self.pre_process_data_config.text_template)
+
+
+class _TrainingArguments(_Strict):
+    """The arguments with a default of Olive's, or that every run needs to be sane."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler_type: str = "constant"
+    report_to: str | list[str] = "none"
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: int = -1
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    seed: Annotated[int, Field(ge=0)] = 42
+    gradient_checkpointing: bool | None = None
+
+
+PASSED_ON_ARGUMENTS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "average_tokens_across_devices",
+    "data_seed",
+    "dataloader_drop_last",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "eval_accumulation_steps",
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "full_determinism",
+    "gradient_checkpointing_kwargs",
+    "greater_is_better",
+    "ignore_data_skip",
+    "include_num_input_tokens_seen",
+    "label_smoothing_factor",
+    "liger_kernel_config",
+    "load_best_model_at_end",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "logging_steps",
+    "logging_strategy",
+    "lr_scheduler_kwargs",
+    "metric_for_best_model",
+    "neftune_noise_alpha",
+    "optim",
+    "optim_args",
+    "project",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "tf32",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "torch_empty_cache_steps",
+    "train_sampling_strategy",
+    "use_liger_kernel",
+    "warmup_steps",
+    "weight_decay",
+)
+"""TrainingArguments of transformers that are handed on as they are. Those missing here either belong to the
+runtime (where checkpoints lie, devices, precision) or reach outside the machine (the Hub)."""
+
+TrainingArguments: type[_TrainingArguments] = create_model(
+    "TrainingArguments",
+    __base__=_TrainingArguments,
+    **dict.fromkeys(PASSED_ON_ARGUMENTS, (Any, None)),  # type: ignore[call-overload]
+)
+
+
+class LoRA(_Strict):
+    """Olive's LoRA pass."""
+
+    type: Literal["LoRA"]
+    r: Annotated[int, Field(ge=1)] = 64
+    alpha: Annotated[float, Field(gt=0)] = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
+    torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    train_data_config: str
+    eval_data_config: str | None = None
+    training_args: TrainingArguments = TrainingArguments()  # type: ignore[valid-type]
+
+
+class MergeAdapterWeights(_Strict):
+    """Olive's merge pass; it has no options."""
+
+    type: Literal["MergeAdapterWeights"]
+
+
+class ModelBuilder(_Strict):
+    """Olive's pass around onnxruntime-genai's model builder."""
+
+    type: Literal["ModelBuilder"]
+    precision: Literal["int4", "fp16", "bf16", "fp32"]
+    search: dict[str, Any] = {}
+    int4_block_size: Literal[16, 32, 64, 128, 256] | None = None
+    int4_accuracy_level: Literal[1, 2, 3, 4] | None = None
+    int4_is_symmetric: bool | None = None
+    int4_op_types_to_quantize: list[str] | None = None
+    int4_nodes_to_exclude: list[str] | None = None
+    int4_algo_config: Literal["default", "rtn", "k_quant_mixed", "k_quant_last", "rtn_last"] | None = None
+    use_qdq: bool | None = None
+    use_cuda_bf16: bool | None = None
+
+    @field_validator("search")
+    @classmethod
+    def _has_a_usable_length(cls, value: dict[str, Any]) -> dict[str, Any]:
+        length = value.get("max_length", 1)
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError("max_length must be a whole number of tokens, at least 1")
+        return value
+
+    def builder_options(self) -> dict[str, Any]:
+        """Return the options as ``create_model`` of the builder names them."""
+        return self.model_dump(exclude={"type", "precision", "search"}, exclude_none=True)
+
+
+Pass = Annotated[LoRA | MergeAdapterWeights | ModelBuilder, Field(discriminator="type")]
+
+
+class Workflow(_Strict):
+    """The whole file. The keys with defaults at the end are stock Olive's; they do not change a result."""
+
+    input_model: InputModel
+    systems: dict[str, System]
+    data_configs: list[DataConfig]
+    passes: dict[str, Pass]
+    host: str | None = None
+    target: str
+    workflow_id: str = ""
+    cache_dir: str = ""
+    output_dir: str = ""
+    log_severity_level: int = 1
+    evaluate_input_model: bool = False
+    _source: JsonSource = PrivateAttr()
+
+    def located(self, source: JsonSource) -> "Workflow":
+        """Remember the file the workflow was read from, for :meth:`where`."""
+        self._source = source
+        return self
+
+    def where(self, *location: str | int) -> str:
+        """Return ``file:line`` of a value of the file."""
+        return self._source.where(*location)
+
+    def where_in_pass(self, kind: str, *location: str) -> str:
+        """Return ``file:line`` of a value of the pass of the given type."""
+        name = next(name for name, p in self.passes.items() if p.type == kind)
+        return self.where("passes", name, *location)
+
+    def where_in_data(self, data: "DataConfig", *location: str) -> str:
+        """Return ``file:line`` of a value of a data config."""
+        return self.where("data_configs", self.data_configs.index(data), *location)
+
+    @property
+    def lora(self) -> LoRA:
+        """The fine-tuning pass."""
+        return next(p for p in self.passes.values() if isinstance(p, LoRA))
+
+    @property
+    def builder(self) -> ModelBuilder:
+        """The export pass."""
+        return next(p for p in self.passes.values() if isinstance(p, ModelBuilder))
+
+    @property
+    def device(self) -> str:
+        """The builder's name of what the model runs on: cpu, cuda or dml."""
+        return BUILDER_DEVICE[self.systems[self.target].accelerators[0].execution_providers[0]]
+
+    @property
+    def train_data(self) -> DataConfig:
+        """The data the adapter is trained on."""
+        return self._data(self.lora.train_data_config)
+
+    @property
+    def eval_data(self) -> DataConfig | None:
+        """The data the adapter is evaluated on, if the pass names any."""
+        name = self.lora.eval_data_config
+        return None if name is None else self._data(name)
+
+    @property
+    def template(self) -> Template:
+        """The prompt contract."""
+        return self.train_data.template
+
+    def _data(self, name: str) -> DataConfig:
+        return next(d for d in self.data_configs if d.name == name)
