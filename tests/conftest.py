@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long a case takes on a busy machine says nothing
+settings.load_profile("untimed")
 
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "PYTHONWARNINGS": "default"}
@@ -70,9 +74,7 @@ class Sandbox:
 
     def keys(self) -> dict[str, str]:
         """Return the published stages' keys and build times: equal means nothing was built again."""
-        return {
-            name: content.decode() for name, content in self.results().items() if name.endswith("manifest.json")
-        }
+        return {name: content.decode() for name, content in self.results().items() if name.endswith("manifest.json")}
 
 
 @pytest.fixture(scope="session")

@@ -42,9 +42,7 @@ def test_missing_dataset(project: Sandbox) -> None:
     """A data file that is not there is named, with the line that names it."""
     (project.root / "datasets/eval.jsonl").unlink()
     line = line_of(project.config, "eval.jsonl")
-    check_refused(
-        project, f"fine-tuning/olive-config.json:{line}: the data file datasets/eval.jsonl does not exist"
-    )
+    check_refused(project, f"fine-tuning/olive-config.json:{line}: the data file datasets/eval.jsonl does not exist")
 
 
 def test_malformed_json_line(project: Sandbox) -> None:
@@ -63,8 +61,7 @@ def test_missing_column_everywhere(project: Sandbox) -> None:
     line = line_of(project.config, "text_template")
     check_refused(
         project,
-        f"fine-tuning/olive-config.json:{line}: the template names the column 'tone', "
-        "which datasets/train.jsonl lacks",
+        f"fine-tuning/olive-config.json:{line}: the template names the column 'tone', which datasets/train.jsonl lacks",
     )
 
 
@@ -101,7 +98,6 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
             "does not know the key",
             "did you mean 'learning_rate'",
         ),
-        (lambda c: c["passes"]["lora"].update(lora_r=8), "lora_r", "does not know the key 'lora_r'", ""),
         (lambda c: c.update(azureml_client={}), "azureml_client", "does not know the key", "--engine olive"),
         (lambda c: c["passes"]["lora"].update(r=-3), '"r"', "greater than or equal to 1", ""),
         (edit_training_args(learning_rate="fast"), "learning_rate", "valid number", ""),
@@ -111,7 +107,7 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
             "no pass of type 'Gptq'",
             "--engine olive",
         ),
-        (lambda c: c["passes"]["builder"].update(precision="fp16"), "precision", "cannot run on cpu", "int4"),
+        (lambda c: c["passes"]["builder"].update(precision="fp16"), "precision", "'int4' or 'fp32'", "README"),
         (
             lambda c: c["passes"]["lora"].update(train_data_config="no"),
             "train_data_config",
@@ -119,6 +115,22 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
             "train_data",
         ),
         (lambda c: c["passes"].pop("merge_adapter_weights"), "passes", "does not run these passes", "MergeAdapter"),
+        (lambda c: c["passes"]["lora"].update(lora_r=8), "lora_r", "does not know", "today it is 'r'"),
+        (lambda c: c["passes"]["builder"].pop("type"), "builder", "has no 'type'", "README"),
+        (lambda c: c["data_configs"][0]["load_dataset_config"].update(split="eval"), '"eval"', "match pattern", ""),
+        (
+            lambda c: c["data_configs"][0]["load_dataset_config"].update(data_files=[]),
+            "data_files",
+            "at least 1",
+            "",
+        ),
+        (
+            lambda c: c["data_configs"][0]["pre_process_data_config"].update(text_cols="x"),
+            "text_cols",
+            "not the col",
+            "",
+        ),
+        (edit_training_args(weight_decay="a"), "weight_decay", "valid number", ""),
         (lambda c: c["input_model"].update(model_path="/phi"), "model_path", "must be ../model-cache/", ""),
     ],
 )
@@ -165,7 +177,7 @@ def test_target_module_that_matches_nothing(project: Sandbox) -> None:
     """A misspelt layer name is refused before any weights are loaded, with the names there are."""
     project.edit(lambda c: c["passes"]["lora"].update(target_modules=["q_proj", "o_proj"]))
     line = line_of(project.config, '"target_modules"')
-    check_refused(project, f"fine-tuning/olive-config.json:{line}: target_modules: 'q_proj' matches no module")
+    check_refused(project, f"fine-tuning/olive-config.json:{line}: target_modules: 'q_proj' matches no linear layer")
     assert "qkv_proj" in project.run("finetune").stderr
 
 
@@ -174,13 +186,15 @@ def test_template_with_unknown_column(project: Sandbox) -> None:
 
     def edit(config: Any) -> None:
         for data in config["data_configs"]:
-            data["pre_process_data_config"]["text_template"] = (
-                "<|user|>\n{mood}<|end|>\n<|assistant|>\n{tone}<|end|>"
-            )
+            data["pre_process_data_config"]["text_template"] = "<|user|>\n{mood}<|end|>\n<|assistant|>\n{tone}<|end|>"
 
     project.edit(edit)
     line = line_of(project.config, "text_template")
-    check_refused(project, f"fine-tuning/olive-config.json:{line}: the template names the column 'mood'")
+    check_refused(
+        project,
+        f"fine-tuning/olive-config.json:{line}: the template names the column 'mood'",
+        f"fine-tuning/olive-config.json:{line + 1}: text_cols names 'phrase', which text_template does not use",
+    )
 
 
 def test_template_without_end_token(project: Sandbox) -> None:
@@ -252,3 +266,41 @@ def test_outside_a_project(tmp_path: Path) -> None:
 def test_usage_errors_exit_2(tuned: Sandbox) -> None:
     """A wrong option is a usage error."""
     assert tuned.run("finetune", "--fast").returncode == 2
+
+
+def test_diverged_training_is_not_published(project: Sandbox) -> None:
+    """A learning rate that turns weights into NaN is an error, not an adapter."""
+    project.edit(edit_training_args(learning_rate=1e38, max_steps=4, eval_strategy="no"))
+    line = line_of(project.config, '"learning_rate"')
+    check_refused(project, f"fine-tuning/olive-config.json:{line}: training diverged")
+
+
+def test_unusable_training_argument(project: Sandbox) -> None:
+    """What only transformers can judge is an error with its place too."""
+    project.edit(edit_training_args(optim="no_such_optimiser"))
+    check_refused(project, f"fine-tuning/olive-config.json:{line_of(project.config, 'training_args')}: training_args: ")
+
+
+def test_rows_that_are_no_text(project: Sandbox) -> None:
+    """Half a character, an endless number, a nested abyss: told by line like any other bad row."""
+    path = project.root / "datasets/train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1:4] = [r'{"phrase": "\ud800", "tone": "joy"}', "1" * 5000, "[" * 5000]
+    path.write_text("\n".join(lines))
+    check_refused(project, *(f"datasets/train.jsonl:{number}: not valid JSON" for number in (2, 3, 4)))
+
+
+def test_csv_as_spreadsheets_and_pandas_write_it(fresh: Sandbox) -> None:
+    """Quoted newlines, an unnamed index column and a byte-order mark are fine; short and long rows are told."""
+    fresh.edit(lambda c: c["data_configs"][0]["load_dataset_config"].update(data_name="csv", data_files="own.csv"))
+    own = fresh.config.parent / "own.csv"
+    own.write_text('\ufeff,phrase,tone\n0,"two\nlines, and a comma",joy\n1,plain,fear\n', encoding="utf-8")
+    result = fresh.run("data")
+    assert result.returncode == 0, result.stderr
+    assert "train       2 rows" in result.stdout
+
+    own.write_text("phrase,tone\na,joy\nb\nc,joy,extra\n")
+    result = fresh.run("data")
+    assert result.returncode == 1
+    assert "error: fine-tuning/own.csv:3: the row does not have 2 fields" in result.stderr
+    assert "error: fine-tuning/own.csv:4: the row does not have 2 fields" in result.stderr

@@ -21,9 +21,7 @@ JSON = st.recursive(
 
 
 @given(JSON, st.sampled_from([None, 0, 1, 2]))
-def test_every_key_has_the_line_it_stands_on(
-    tmp_path_factory: pytest.TempPathFactory, value: Any, indent: int
-) -> None:
+def test_every_key_has_the_line_it_stands_on(tmp_path_factory: pytest.TempPathFactory, value: Any, indent: int) -> None:
     """For any JSON document, laid out in any way, a key's recorded line contains that key."""
     path = tmp_path_factory.mktemp("json") / "file.json"
     path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
@@ -85,14 +83,23 @@ def test_data_keys_are_olives_own() -> None:
             assert field.default == TextGenParams.model_fields[name].default, name
 
 
-def test_precisions_are_what_the_builder_documents() -> None:
-    """Every offered precision and device pair is one the builder's own check lets through."""
-    from onnxruntime_genai.models.builder import set_io_dtype, set_onnx_dtype
+SLICES = ["train", "train[:{a}]", "train[{a}:]", "train[{a}%:]", "train[:{b}%]", "train[{a}%:{b}%]"]
 
-    for device, precisions in schema.PRECISIONS.items():
-        for precision in precisions:
-            assert set_io_dtype(precision, device, {}) is not None
-            assert set_onnx_dtype(precision, {}) is not None
+
+@given(st.integers(1, 300), st.sampled_from(SLICES), st.integers(0, 100), st.integers(0, 100))
+def test_slices_are_those_of_datasets(count: int, split: str, a: int, b: int) -> None:
+    """A split takes the rows that the library ``datasets`` takes, percentages included."""
+    from datasets import ReadInstruction
+
+    from edgetune.dataset import Row, take_split
+
+    text = split.format(a=min(a, b), b=max(a, b))
+    rows = [Row(number, "") for number in range(count)]
+    try:
+        [part] = ReadInstruction.from_spec(text).to_absolute({"train": count})
+    except ValueError:  # beyond the end: datasets refuses what a Python slice cuts off
+        return
+    assert [row.values for row in take_split(rows, text)] == list(range(part.from_, part.to))
 
 
 def test_document_that_is_no_workflow(tmp_path: Path) -> None:
@@ -102,7 +109,7 @@ def test_document_that_is_no_workflow(tmp_path: Path) -> None:
 
     project = Project(tmp_path)
     project.config.parent.mkdir()
-    for text in ("[]", "3", "null", '"x"', "{}", "[" * 5000 + "]" * 5000):
+    for text in ("[]", "3", "null", '"x"', "{}", "[" * 5000 + "]" * 5000, "1" * 5000, r'{"a": "\ud800"}'):
         project.config.write_text(text)
         with pytest.raises(EdgetuneError) as caught:
             config.load(project)

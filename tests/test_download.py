@@ -4,9 +4,10 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _HubHandler)
         self.gated = False
         self.files = {path.name: path.read_bytes() for path in TINY.iterdir()}
-        self.files["pytorch_model.bin"] = b"pickle"
+        self.files |= {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"twice", "README.md": b"hello"}
         self.requests: list[str] = []
 
     @property
@@ -59,9 +60,7 @@ class _HubHandler(BaseHTTPRequestHandler):
                 "private": False,
                 "siblings": siblings,
             }
-            tree = [
-                {"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in self.server.files.items()
-            ]
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in self.server.files.items()]
             self._send(200, json.dumps(tree if "/tree/" in path else content).encode(), {}, body=body)
         elif path.startswith(f"/acme/phi/resolve/{COMMIT}/"):
             content_bytes = self.server.files[path.rpartition("/")[2]]
@@ -95,9 +94,9 @@ def hub_project(fresh: Sandbox) -> Sandbox:
     return fresh
 
 
-def lock_of(project: Sandbox) -> dict[str, dict[str, object]]:
+def lock_of(project: Sandbox) -> dict[str, dict[str, Any]]:
     """Return the lock file's content."""
-    content: dict[str, dict[str, object]] = json.loads((project.root / "setup/model.lock.json").read_text())
+    content: dict[str, dict[str, Any]] = json.loads((project.root / "setup/model.lock.json").read_text())
     return content
 
 
@@ -123,6 +122,7 @@ def test_hub_model_is_fetched_by_commit_without_pickle(hub_project: Sandbox, hub
     folder = hub_project.root / "model-cache/acme/phi"
     assert {path.name for path in folder.iterdir()} == {path.name for path in TINY.iterdir()}
     assert not any("pytorch_model.bin" in request for request in hub.requests)
+    assert entry["files"].keys() == {path.name for path in TINY.iterdir()}
 
 
 def test_complete_model_needs_no_request(hub_project: Sandbox, hub: HubServer) -> None:
@@ -196,8 +196,80 @@ def test_model_is_copied_from_a_folder(hub_project: Sandbox, tmp_path: Path) -> 
 
 def test_damaged_lock_is_told(fresh: Sandbox) -> None:
     """A lock file that is no lock file is an error with a remedy."""
-    for text in ("{", "[]", '{"edgetune/tiny-phi3": 3}'):
+    for text in ("{", "[]", '{"edgetune/tiny-phi3": 3}', '{"edgetune/tiny-phi3": {"files": {"a": 3}}}'):
         (fresh.root / "setup/model.lock.json").write_text(text)
         result = fresh.run("download")
         assert result.returncode == 1
         assert "error: setup/model.lock.json: the lock file is damaged" in result.stderr
+
+
+def other_base(folder: Path) -> Path:
+    """Make another base model of the same shape."""
+    shutil.copytree(TINY, folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-2:] = b"\x80\x3f"
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "README.md").write_text("not part of a run")
+    return folder
+
+
+def test_locked_base_survives_a_copy_from_another_folder(fresh: Sandbox, tmp_path: Path) -> None:
+    """``--from`` another model is refused under a lock, and the locked files stay as they were."""
+    assert fresh.run("download").returncode == 0
+
+    result = fresh.run("download", "--from", str(other_base(tmp_path / "other")))
+
+    assert result.returncode == 1
+    assert "differs from setup/model.lock.json" in result.stderr
+    assert "up to date" in fresh.run("download").stderr
+
+
+def test_update_lock_accepts_the_weights_that_are_there(fresh: Sandbox) -> None:
+    """Weights put over the locked ones are refused, and become the base with ``--update-lock``."""
+    assert fresh.run("download").returncode == 0
+    folder = fresh.root / "model-cache/edgetune/tiny-phi3"
+    shutil.rmtree(folder)
+    other = (other_base(folder) / "model.safetensors").read_bytes()
+    assert fresh.run("download").returncode == 1
+
+    assert fresh.run("download", "--update-lock").returncode == 0
+
+    assert (folder / "model.safetensors").read_bytes() == other
+    entry = lock_of(fresh)["edgetune/tiny-phi3"]
+    assert entry["source"] == "local"
+    assert "README.md" not in entry["files"]
+
+
+def test_leftovers_of_an_earlier_try_are_not_mixed_in(
+    render: Callable[..., Sandbox], hub_project: Sandbox, hub: HubServer
+) -> None:
+    """Files that an interrupted download of something else left behind do not become part of the base."""
+    for project, model in ((render(), "edgetune/tiny-phi3"), (hub_project, "acme/phi")):
+        partial = project.root / f"model-cache/{model}.partial"
+        partial.mkdir(parents=True)
+        (partial / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        assert project.run("download", env={"HF_ENDPOINT": hub.url}).returncode == 0
+        assert not (project.root / f"model-cache/{model}/model-00001-of-00002.safetensors").exists()
+
+
+def test_missing_shard_is_told(hub_project: Sandbox) -> None:
+    """A folder copied by hand only in part is not adopted."""
+    folder = other_base(hub_project.root / "model-cache/acme/phi")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    result = hub_project.run("download")
+
+    assert result.returncode == 1
+    assert "acme/phi has no model-00002.safetensors" in result.stderr
+
+
+def test_another_revision_than_the_locked_one_is_refused(hub_project: Sandbox, hub: HubServer) -> None:
+    """Changing the revision in the workflow file is not silently ignored."""
+    assert hub_project.run("download", env={"HF_ENDPOINT": hub.url}).returncode == 0
+    hub_project.edit(lambda c: c["input_model"]["load_kwargs"].update(revision="f" * 40))
+
+    result = hub_project.run("download", env={"HF_ENDPOINT": hub.url})
+
+    assert result.returncode == 1
+    assert "is not the locked one" in result.stderr

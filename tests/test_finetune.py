@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,9 +104,7 @@ def test_second_run_does_nothing(project: Sandbox) -> None:
 def test_second_run_imports_nothing_heavy(tuned: Sandbox) -> None:
     """Help, status and an up-to-date run need none of the packages that take seconds to import."""
     heavy = ("torch", "transformers", "olive", "peft", "datasets", "onnxruntime", "onnxruntime_genai", "numpy")
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({heavy})); from edgetune.cli import main; sys.exit(main())"
-    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from edgetune.cli import main; sys.exit(main())"
 
     for arguments in (["--help"], ["status"], ["data"], ["finetune"]):
         result = tuned.command(sys.executable, "-c", code, *arguments)
@@ -177,6 +178,15 @@ def shorten(project: Sandbox, steps: int) -> None:
     )
 
 
+def wait_until(process: "subprocess.Popen[Any]", condition: Callable[[], bool]) -> None:
+    """Wait for something a running process does; fail when it ends or two minutes pass before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the process ended before"
+        assert time.monotonic() < deadline, "waited two minutes in vain"
+        time.sleep(0.02)
+
+
 def kill_in_training(project: Sandbox) -> Path:
     """Start training, kill -9 it after two checkpoints are whole; return their folder."""
     checkpoints = project.root / "gen-model/adapter.partial/checkpoints"
@@ -187,11 +197,7 @@ def kill_in_training(project: Sandbox) -> Path:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
-        deadline = time.monotonic() + 120
-        while len(list(checkpoints.glob("*/manifest.json"))) < 2 or not (checkpoints / "checkpoint-4").exists():
-            assert process.poll() is None, "training ended before it could be killed"
-            assert time.monotonic() < deadline, "no checkpoint within two minutes"
-            time.sleep(0.02)
+        wait_until(process, lambda: len(list(checkpoints.glob("*/manifest.json"))) == 2)
         process.send_signal(signal.SIGKILL)
     return checkpoints
 
@@ -204,8 +210,6 @@ def test_killed_training_continues_to_the_same_adapter(project: Sandbox) -> None
     assert project.run("train").returncode == 0
     adapter = project.root / "gen-model/adapter/adapter_model.safetensors"
     undisturbed = load_file(adapter)
-    shorten(project, 15)  # another key, to start over
-    shorten(project, 14)
     (project.root / "gen-model/adapter/manifest.json").unlink()
     kill_in_training(project)
 
@@ -245,8 +249,7 @@ def test_interrupt_ends_with_130_and_keeps_results(project: Sandbox) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while not list((project.root / "gen-model/adapter.partial").glob("checkpoints/*")):
-            time.sleep(0.05)
+        wait_until(process, lambda: any((project.root / "gen-model/adapter.partial").glob("checkpoints/*")))
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
 
@@ -261,8 +264,8 @@ def test_two_runs_at_once_are_refused(project: Sandbox) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "edgetune", "train"], cwd=project.root, env=ENVIRONMENT, stderr=subprocess.DEVNULL
     ) as process:
-        while not (project.root / "gen-model/.lock.pid").exists():
-            time.sleep(0.02)
+        holder = project.root / "gen-model/.lock.pid"
+        wait_until(process, lambda: holder.exists() and holder.read_text() == str(process.pid))
         try:
             result = project.run("finetune")
         finally:
@@ -307,9 +310,49 @@ def test_infer_limits_and_records(tuned: Sandbox) -> None:
     assert (record["answer_tokens"], record["stop_reason"]) == (1, "length")
 
 
-def test_too_long_prompt_is_refused(tuned: Sandbox) -> None:
-    """A prompt that leaves no room for an answer is an error with the way out, not a crash."""
-    result = tuned.run("infer", "word " * 400)
+def test_too_long_prompts_are_refused_before_the_first_answer(tuned: Sandbox, tmp_path: Path) -> None:
+    """Prompts that leave no room for an answer are errors with their lines, told before any answer."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"phrase": text}) + "\n" for text in ("short", "word " * 400, "word " * 500)))
+
+    result = tuned.run("infer", "--prompts", str(path), "--output", str(tmp_path / "out.jsonl"))
 
     assert result.returncode == 1
-    assert "search.max_length" in result.stderr
+    assert result.stdout == ""
+    assert result.stderr.count("search.max_length") == 2
+    assert f"error: {path}:2: the prompt has" in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_of_an_outdated_model_come_with_a_warning(project: Sandbox) -> None:
+    """When the data changed after the export, ``infer`` still answers, and says that the model is older."""
+    path = project.root / "datasets" / "train.jsonl"
+    path.write_text(path.read_text() + '{"phrase": "so it goes, alas", "tone": "sadness"}\n')
+
+    result = project.run("infer", "what a wonderful day")
+
+    assert result.returncode == 0
+    assert "warning: the exported model is older than the project (data: changed: files" in result.stderr
+
+
+def test_missing_adapter_makes_later_steps_stale(project: Sandbox) -> None:
+    """A merged model whose adapter is gone is not up to date: the next adapter may differ in its last bits."""
+    shutil.rmtree(project.root / "gen-model/adapter")
+
+    assert project.steps() == {
+        "download": "up to date",
+        "data": "up to date",
+        "train": "missing",
+        "merge": "stale",
+        "export": "stale",
+    }
+
+
+def test_project_can_be_named_from_elsewhere(tuned: Sandbox) -> None:
+    """``--project`` takes relative paths with ``..``."""
+    elsewhere = Sandbox(tuned.root / "datasets")
+
+    result = elsewhere.run("status", "--project", "../../my-slm")
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("up to date") == 5

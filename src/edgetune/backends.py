@@ -29,6 +29,12 @@ class Answer:
 class Backend(Protocol):
     """Continues prompts; their text carries every special token, nothing is added."""
 
+    max_length: int
+    """Most tokens of prompt and answer together."""
+
+    def count_tokens(self, prompt: str) -> int:
+        """Return the length of a prompt in tokens."""
+
     def answer(self, prompt: str, *, max_new_tokens: int | None, on_text: Callable[[str], None] | None) -> Answer:
         """Generate greedily until an end token or a limit; ``on_text`` gets the pieces as they come."""
 
@@ -48,26 +54,29 @@ class OnnxBackend:
         except ImportError as error:
             raise missing_extra("export", error) from None
         self._og = og
-        self._model = og.Model(str(folder))
+        try:
+            self._model = og.Model(str(folder))
+        except RuntimeError as error:  # the only type the library has
+            hint = "run `edgetune export` again"
+            raise failure(f"{folder} cannot be loaded: {str(error).splitlines()[0]}", hint=hint) from error
         self._tokenizer = load_tokenizer(folder)
         config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
         self._end_ids = exported_end_ids(config)
-        self._max_length = int(config["search"]["max_length"])
+        self.max_length = int(config["search"]["max_length"])
+
+    def count_tokens(self, prompt: str) -> int:
+        """Return the length of a prompt in tokens."""
+        return len(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
 
     def answer(self, prompt: str, *, max_new_tokens: int | None, on_text: Callable[[str], None] | None) -> Answer:
-        """Generate one answer. Raises EdgetuneError when the prompt leaves no room for it."""
+        """Generate one answer; the prompt must have fewer than ``max_length`` tokens."""
         from tokenizers.decoders import DecodeStream
 
         prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        if len(prompt_ids) >= self._max_length:
-            raise failure(
-                f"the prompt has {len(prompt_ids)} tokens; with its answer the model takes {self._max_length}",
-                hint="shorten it, or raise ModelBuilder's search.max_length in fine-tuning/olive-config.json",
-            )
         started = time.monotonic()
-        length = self._max_length if max_new_tokens is None else len(prompt_ids) + max_new_tokens
+        length = self.max_length if max_new_tokens is None else len(prompt_ids) + max_new_tokens
         parameters = self._og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=min(length, self._max_length), do_sample=False)
+        parameters.set_search_options(max_length=min(length, self.max_length), do_sample=False)
         generator = self._og.Generator(self._model, parameters)
         generator.append_tokens(prompt_ids)
         stream, ids = DecodeStream(skip_special_tokens=True), []

@@ -85,26 +85,28 @@ def finetune(arguments: argparse.Namespace) -> None:
 
 def infer(arguments: argparse.Namespace) -> None:
     """Ask the exported model: texts, or a JSONL file of rows."""
-    from edgetune import config
     from edgetune import infer as asking
+    from edgetune import workflow as steps
 
     if bool(arguments.text) == bool(arguments.prompts):
         raise failure(
             "nothing to ask" if not arguments.text else "texts and --prompts exclude each other",
             hint='edgetune infer "some text", or edgetune infer --prompts inferences/prompts.jsonl',
         )
-    project = Project.find(arguments.project)
-    workflow = config.load(project)
+    if arguments.output and arguments.output.is_dir():
+        raise failure(f"{arguments.output} is a folder", hint="--output takes the name of a file")
+    job = _start(arguments)
+    project, workflow = job.project, job.workflow
     if arguments.prompts:
         rows = asking.rows_from_file(workflow, arguments.prompts)
     else:
         rows = asking.rows_from_texts(workflow, arguments.text)
     backend = asking.open_backend(project)
+    if stale := steps.stale(job):
+        _tell(f"warning: the exported model is older than the project ({stale}); `edgetune finetune` renews it")
     stream = _write if sys.stdout.isatty() and arguments.text and not arguments.json else None
     started, records = time.monotonic(), []
-    for row, answer in asking.answers(
-        workflow, backend, rows, max_new_tokens=arguments.max_new_tokens, on_text=stream
-    ):
+    for row, answer in asking.answers(workflow, backend, rows, max_new_tokens=arguments.max_new_tokens, on_text=stream):
         records.append(asking.as_record(row, answer))
         if arguments.json:
             print(json.dumps(records[-1], ensure_ascii=False), flush=True)
@@ -158,9 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         text = run.__doc__ or ""
         added = commands.add_parser(run.__name__, help=text.rstrip("."), description=text)
         added.set_defaults(run=run)
-        added.add_argument(
-            "--project", type=Path, default=Path(), metavar="DIR", help="the project (default: here)"
-        )
+        added.add_argument("--project", type=Path, default=Path(), metavar="DIR", help="the project (default: here)")
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return added
 
@@ -220,10 +220,15 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _report(error.problems)
         return error.exit_code
-    except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to continue")
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
         return 1
+    except OSError as error:  # a full disk, missing rights: the operating system's own words are the best
+        if arguments.debug or not error.strerror:
+            raise
+        _report((Problem(error.strerror, str(error.filename or ""), "mend that and run the same command again"),))
+        return 1
+    except KeyboardInterrupt:
+        _tell("interrupted; run the same command again to continue")
+        return EXIT_INTERRUPTED
     return 0

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 from edgetune.errors import EdgetuneError, Problem
 from edgetune.project import Project
 from edgetune.schema import (
-    PRECISIONS,
     Accelerator,
     DataConfig,
     InputModel,
@@ -41,7 +40,21 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }
 """Which keys are valid where, for suggestions."""
 
+_RENAMED = {
+    "corpus_strategy": "strategy",
+    "evaluation_strategy": "eval_strategy",
+    "from_pretrained_args": "load_kwargs",
+    "group_by_length": "train_sampling_strategy",
+    "lora_alpha": "alpha",
+    "lora_r": "r",
+    "model_loading_args": "load_kwargs",
+    "source_max_len": "max_seq_len",
+    "warmup_ratio": "warmup_steps",
+}
+"""Keys of older Olive and transformers versions, which today's Olive ignores without an error."""
+
 _OLIVE = "run with `--engine olive`"
+_README = "fine-tuning/README.md explains the keys"
 
 
 def load(project: Project) -> Workflow:
@@ -79,7 +92,8 @@ def load_for_olive(project: Project) -> Workflow:
     base = InputModel.model_construct(
         model_path=str(model.get("model_path", "")), load_kwargs=LoadKwargs.model_construct(revision=revision)
     )
-    return Workflow.model_construct(input_model=base).located(source)
+    cache, output = (str(source.data.get(key, "")) for key in ("cache_dir", "output_dir"))
+    return Workflow.model_construct(input_model=base, cache_dir=cache, output_dir=output).located(source)
 
 
 def _explain(error: Any, source: JsonSource) -> Problem:
@@ -89,17 +103,21 @@ def _explain(error: Any, source: JsonSource) -> Problem:
     path = tuple(p for i, p in enumerate(location) if not (i == 2 and location[0] == "passes"))  # noqa: PLR2004
     where, key = source.where(*path), str(location[-1]) if location else "the file"
     owner = next((_SECTIONS[p] for p in reversed(location[:-1]) if p in _SECTIONS), Workflow)
+    if key in _RENAMED and error["type"] == "extra_forbidden":
+        return Problem(f"the native engine does not know the key {key!r}", where, f"today it is {_RENAMED[key]!r}")
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, owner.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"remove it, or {_OLIVE} if stock Olive knows it"
         return Problem(f"the native engine does not know the key {key!r}", where, hint)
     if error["type"] == "missing":
-        return Problem(f"the key {key!r} is missing", where)
+        return Problem(f"the key {key!r} is missing", where, _README)
+    if error["type"] == "union_tag_not_found":
+        return Problem(f"the pass {key!r} has no 'type'", where, _README)
     if error["type"] == "union_tag_invalid":
         tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         return Problem(f"the native engine has no pass of type {tag!r}", where, f"it has {known}; else {_OLIVE}")
     message = error["msg"].removeprefix("Value error, ")
-    return Problem(f"{'.'.join(map(str, path))}: {message[0].lower()}{message[1:]}", where)
+    return Problem(f"{'.'.join(map(str, path))}: {message[0].lower()}{message[1:]}", where, _README)
 
 
 def _check_references(workflow: Workflow) -> list[Problem]:
@@ -134,11 +152,6 @@ def _check_meaning(workflow: Workflow, project: Project) -> list[Problem]:
     if evaluation and evaluation.template != workflow.template:
         where = workflow.where_in_data(evaluation, "pre_process_data_config", "text_template")
         problems.append(Problem("training and evaluation data have different templates", where, "make them equal"))
-    if workflow.builder.precision not in PRECISIONS[workflow.device]:
-        where = workflow.where_in_pass("ModelBuilder", "precision")
-        hint = f"for this execution provider use one of: {', '.join(PRECISIONS[workflow.device])}"
-        message = f"precision {workflow.builder.precision} cannot run on {workflow.device}"
-        problems.append(Problem(message, where, hint))
     return problems
 
 

@@ -5,8 +5,10 @@ all that is wrong. Token ids are kept as flat binary arrays, which training maps
 """
 
 import csv
-import json
+import io
 import mmap
+import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgetune.download import digests
-from edgetune.errors import EdgetuneError, Problem, missing_extra
+from edgetune.errors import EdgetuneError, Problem
 from edgetune.prompt import Encoder, Sample, load_tokenizer
 from edgetune.schema import DataConfig
-from edgetune.source import JsonSource
+from edgetune.source import JsonSource, parse
 from edgetune.stages import Job, Stage, read_manifest
 
 _BATCH_ROWS = 4096
@@ -65,15 +67,15 @@ def data_sets(job: Job) -> dict[str, DataConfig]:
 
 def data_files(job: Job, config: DataConfig) -> list[Path]:
     """Return the files of a data set, which paths relative to the workflow file name."""
-    names = config.load_dataset_config.data_files
-    return [job.project.config_folder / name for name in ([names] if isinstance(names, str) else names)]
+    folder = job.project.config_folder
+    return [Path(os.path.normpath(folder / name)) for name in config.load_dataset_config.data_files]
 
 
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the token ids depend on. Raises EdgetuneError when a data file is missing."""
     problems = [
         Problem(
-            f"the data file {job.project.name(path.resolve())} does not exist",
+            f"the data file {job.project.name(path)} does not exist",
             job.workflow.where_in_data(config, "load_dataset_config", "data_files"),
             f"put it there, or correct data_files of {config.name!r}",
         )
@@ -150,27 +152,31 @@ def _checked_rows(job: Job, config: DataConfig) -> tuple[list[dict[str, str]], l
     problems: list[Problem] = []
     rows: list[Row] = []
     for path in data_files(job, config):
-        rows += _read(path, job.project.name(path.resolve()), config.load_dataset_config.data_name, problems)
-    rows = _take_split(rows, config)
+        rows += _read(path, job.project.name(path), config.load_dataset_config.data_name, problems)
+    rows = take_split(rows, config.load_dataset_config.split)[: config.pre_process_data_config.max_samples]
     if not rows and not problems:
-        where = job.project.name(data_files(job, config)[0].resolve())
+        where = job.project.name(data_files(job, config)[0])
         problems.append(Problem(f"the data set {config.name!r} has no rows", where, "add rows, or widen its split"))
     template = job.workflow.where_in_data(config, "pre_process_data_config", "text_template")
-    problems += _row_problems(rows, config.template.columns, template)
+    problems += row_problems(rows, config.template.columns, template)
+    for column in set(config.pre_process_data_config.text_cols) - set(config.template.columns):
+        where = job.workflow.where_in_data(config, "pre_process_data_config", "text_cols")
+        hint = f"the template has: {', '.join(config.template.columns)}"
+        problems.append(Problem(f"text_cols names {column!r}, which text_template does not use", where, hint))
     return [row.values for row in rows], problems
 
 
-def _take_split(rows: list[Row], config: DataConfig) -> list[Row]:
-    """Apply ``split`` (slices as ``datasets`` has them) and ``max_samples``."""
-    split, most = config.load_dataset_config.split, config.pre_process_data_config.max_samples
-    if "[" in split or "+" in split:
-        try:
-            from datasets import ReadInstruction
-        except ImportError as error:
-            raise missing_extra("train", error) from None
-        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
-        rows = [row for part in parts for row in rows[part.from_ : part.to]]
-    return rows[:most]
+def take_split(rows: list[Row], split: str) -> list[Row]:
+    """Return the rows of a slice such as ``train[90%:]``."""
+    bounds = re.search(r"\[(.*):(.*)\]", split)
+    return rows[slice(*(_boundary(text, len(rows)) for text in bounds.groups()))] if bounds else rows
+
+
+def _boundary(text: str, count: int) -> int | None:
+    """Return where a slice starts or ends; percentages round as ``datasets`` does."""
+    if not text:
+        return None
+    return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
 
 
 def _read(path: Path, name: str, kind: str, problems: list[Problem]) -> Iterator[Row]:
@@ -182,18 +188,18 @@ def _read(path: Path, name: str, kind: str, problems: list[Problem]) -> Iterator
         return iter(())
     if kind == "csv":
         return _csv_rows(text, name, problems)
-    return _array_rows(path, name, problems) if text.lstrip().startswith("[") else _json_lines(text, name, problems)
+    return _array_rows(path, name, problems) if text.lstrip().startswith("[") else json_lines(text, name, problems)
 
 
-def _json_lines(text: str, name: str, problems: list[Problem]) -> Iterator[Row]:
+def json_lines(text: str, name: str, problems: list[Problem]) -> Iterator[Row]:
+    """Yield the rows of JSON lines; lines that are no JSON are added to ``problems``."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield Row(json.loads(line), f"{name}:{number}")
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                yield Row(parse(line), f"{name}:{number}")
+            except ValueError as error:
                 hint = "every line must be one JSON object"
-                problems.append(Problem(f"not valid JSON: {reason}", f"{name}:{number}", hint))
+                problems.append(Problem(f"not valid JSON: {error}", f"{name}:{number}", hint))
 
 
 def _array_rows(path: Path, name: str, problems: list[Problem]) -> Iterator[Row]:
@@ -206,12 +212,12 @@ def _array_rows(path: Path, name: str, problems: list[Problem]) -> Iterator[Row]
 
 
 def _csv_rows(text: str, name: str, problems: list[Problem]) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     end = 1
     try:
         for values in reader:
             where, end = f"{name}:{end + 1}", reader.line_num
-            if "" in values or None in values.values():
+            if None in values or None in values.values():
                 message = f"the row does not have {len(reader.fieldnames or ())} fields like the header"
                 problems.append(Problem(message, where, 'put a field with commas into "quotes"'))
             else:
@@ -220,7 +226,7 @@ def _csv_rows(text: str, name: str, problems: list[Problem]) -> Iterator[Row]:
         problems.append(Problem(f"not valid CSV: {error}", f"{name}:{reader.line_num}", "check its quotes"))
 
 
-def _row_problems(rows: list[Row], columns: Iterable[str], template: str) -> list[Problem]:
+def row_problems(rows: list[Row], columns: Iterable[str], template: str) -> list[Problem]:
     """Check that every row has a text in every column of the template."""
     problems = [
         Problem("the row is not a JSON object", row.where, 'write it as {"column": "text", …}')

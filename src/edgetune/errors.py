@@ -31,6 +31,6 @@ def failure(message: str, *, where: str = "", hint: str = "") -> EdgetuneError:
 def missing_extra(extra: str, cause: ImportError) -> EdgetuneError:
     """Make the error for a package that only an extra of edgetune brings in."""
     return failure(
-        f"the package {cause.name!r} is not installed",
-        hint=f"run `make setup` in the project, or `pip install 'edgetune[{extra}]'`",
+        f"the package {cause.name!r} is not installed" if cause.name else f"a package cannot be loaded: {cause}",
+        hint=f"run `make setup` in the project, or install edgetune's extra {extra!r}",
     )

@@ -9,17 +9,17 @@ from edgetune.backends import GENAI_CONFIG, exported_end_ids
 from edgetune.dataset import Tokens
 from edgetune.errors import failure, missing_extra
 from edgetune.prompt import end_token_ids, load_tokenizer
-from edgetune.stages import Job, Stage, write_json
+from edgetune.stages import Job, Stage, published, write_json
 
 _ROWS_COMPARED = 200
+_DEVICE = "cpu"  # the builder's name of the one execution provider the schema lets through so far
 
 
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the exported model depends on."""
     return {
-        "merged": job.keys["merge"],
+        "merged": [job.keys["merge"], published(job.project.stage_folder("merge"))],
         "pass": job.workflow.builder.model_dump(exclude_none=True),
-        "device": job.workflow.device,
     }
 
 
@@ -43,7 +43,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     _check_tokenizer(job, folder)
     size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
     job.progress.say(
-        f"{job.workflow.builder.precision} for {job.workflow.device}, {size / 1e6:.1f} MB, "
+        f"{job.workflow.builder.precision} for {_DEVICE}, {size / 1e6:.1f} MB, "
         f"max_length {config['search']['max_length']}"
     )
     return {"bytes": size, "max_length": config["search"]["max_length"]}
@@ -65,7 +65,7 @@ def _run_builder(job: Job, source: Path, folder: Path) -> None:
             str(source),
             str(folder),
             builder.precision,
-            job.workflow.device,
+            _DEVICE,
             str(work),
             hf_token="false",  # noqa: S106 - everything is local; the builder's default asks the Hub client for a token
             hf_remote=False,
@@ -100,17 +100,21 @@ def _check_tokenizer(job: Job, folder: Path) -> None:
     """Raise EdgetuneError unless ONNX Runtime's own tokenizer gives the ids that were trained on."""
     import onnxruntime_genai as og
 
-    tokenizer = og.Tokenizer(og.Model(str(folder)))
+    try:
+        tokenizer = og.Tokenizer(og.Model(str(folder)))
+    except RuntimeError as error:  # the only type the library has
+        raise failure(
+            f"ONNX Runtime GenAI cannot load what the builder made: {str(error).splitlines()[0]}",
+            where=job.workflow.where_in_pass("ModelBuilder"),
+            hint="check `search` and the int4 options of this pass",
+        ) from error
     reference = load_tokenizer(folder)
     tokens = Tokens(job.project.stage_folder("data"), "train")
     for index in range(min(len(tokens), _ROWS_COMPARED)):
         sample = tokens[index]
         prompt = sample.ids[: sample.prompt_length]
         text = reference.decode(prompt, skip_special_tokens=False)
-        if (
-            reference.encode(text, add_special_tokens=False).ids == prompt
-            and tokenizer.encode(text).tolist() != prompt
-        ):
+        if reference.encode(text, add_special_tokens=False).ids == prompt and tokenizer.encode(text).tolist() != prompt:
             raise failure(
                 f"onnxruntime-genai's tokenizer reads the prompt {text!r} differently from the one trained with",
                 where=job.project.name(folder),

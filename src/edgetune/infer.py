@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.backends import Answer, Backend, OnnxBackend
+from edgetune.dataset import Row, json_lines, row_problems
 from edgetune.errors import EdgetuneError, Problem, failure
 from edgetune.project import Project
 from edgetune.schema import Workflow
-from edgetune.stages import read_manifest
+from edgetune.stages import read_manifest, recover
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 def open_backend(project: Project) -> Backend:
     """Load the exported model. Raises EdgetuneError when there is none."""
     folder = project.stage_folder("export")
+    recover(folder)
     if read_manifest(folder) is None:
         hint = "run `make finetune` (or `edgetune finetune`) first"
         raise failure("there is no exported model yet", where=project.name(folder), hint=hint)
@@ -31,31 +33,20 @@ def rows_from_texts(workflow: Workflow, texts: list[str]) -> list[Row]:
             f"the prompt is made of the columns {', '.join(columns)}: a text alone cannot fill them",
             hint="use --prompts FILE.jsonl with one object of these columns on each line",
         )
-    return [{columns[0]: text} for text in texts]
+    return [Row({columns[0]: text}, f"text {number}") for number, text in enumerate(texts, start=1)]
 
 
 def rows_from_file(workflow: Workflow, path: Path) -> list[Row]:
     """Read rows with the template's prompt columns. Raises EdgetuneError with every problem of the file."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise failure(f"{path} cannot be read: {error}") from None
-    rows, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(Problem(f"not valid JSON: {error.msg}", f"{path}:{number}"))
-            continue
-        missing = [c for c in workflow.template.prompt_columns if not isinstance(row, dict) or c not in row]
-        if missing or not all(isinstance(row[c], str) for c in workflow.template.prompt_columns):
-            columns = ", ".join(workflow.template.prompt_columns)
-            problems.append(Problem(f"the row needs the texts {columns}", f"{path}:{number}"))
-        rows.append(row)
+        raise failure(f"{path} cannot be read: {error}", hint="--prompts takes a JSONL file in UTF-8") from None
+    problems: list[Problem] = []
+    rows = list(json_lines(text, str(path), problems))
+    problems += row_problems(rows, workflow.template.prompt_columns, str(path))
     if not rows and not problems:
-        problems.append(Problem(f"{path} has no rows"))
+        problems.append(Problem(f"{path} has no rows", str(path), "write one JSON object on each line"))
     if problems:
         raise EdgetuneError(problems)
     return rows
@@ -68,14 +59,26 @@ def answers(
     *,
     max_new_tokens: int | None = None,
     on_text: Callable[[str], None] | None = None,
-) -> Iterator[tuple[Row, Answer]]:
-    """Answer the rows one after the other. Raises EdgetuneError for a prompt that is too long."""
-    for row in rows:
-        prompt = workflow.template.prompt_text({c: row[c] for c in workflow.template.prompt_columns})
-        yield row, backend.answer(prompt, max_new_tokens=max_new_tokens, on_text=on_text)
+) -> Iterator[tuple[Record, Answer]]:
+    """Answer the rows one after the other. Raises EdgetuneError first if any prompt is too long."""
+    columns = workflow.template.prompt_columns
+    prompts = [workflow.template.prompt_text({column: row.values[column] for column in columns}) for row in rows]
+    problems = [
+        Problem(
+            f"the prompt has {tokens} tokens; with its answer the model takes {backend.max_length}",
+            row.where,
+            "shorten it, or raise search.max_length of the ModelBuilder pass in fine-tuning/olive-config.json",
+        )
+        for row, prompt in zip(rows, prompts, strict=True)
+        if (tokens := backend.count_tokens(prompt)) >= backend.max_length
+    ]
+    if problems:
+        raise EdgetuneError(problems)
+    for row, prompt in zip(rows, prompts, strict=True):
+        yield row.values, backend.answer(prompt, max_new_tokens=max_new_tokens, on_text=on_text)
 
 
-def as_record(row: Row, answer: Answer) -> Row:
+def as_record(row: Record, answer: Answer) -> Record:
     """Return the row with its answer, as it is written to JSONL."""
     return row | {
         "answer": answer.text,
@@ -86,7 +89,7 @@ def as_record(row: Row, answer: Answer) -> Row:
     }
 
 
-def write_records(path: Path, records: list[Row]) -> None:
+def write_records(path: Path, records: list[Record]) -> None:
     """Write answers as JSONL, all or nothing: an interrupted run leaves the earlier file alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -94,7 +97,7 @@ def write_records(path: Path, records: list[Row]) -> None:
     temporary.replace(path)
 
 
-def summary(records: list[Row], seconds: float) -> str:
+def summary(records: list[Record], seconds: float) -> str:
     """Say how many answers there were and how they ended."""
     tokens = sum(record["answer_tokens"] for record in records)
     ended = sum(record["stop_reason"] == "stop" for record in records)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.download import digests
 from edgetune.errors import failure, missing_extra
-from edgetune.stages import Job, Stage
+from edgetune.stages import Job, Stage, published
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,10 @@ _PEFT_PREFIX = "base_model.model."
 
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the merged weights depend on."""
-    return {"base": digests(job, weights=True), "adapter": job.keys["train"]}
+    return {
+        "base": digests(job, weights=True),
+        "adapter": [job.keys["train"], published(job.project.stage_folder("train"))],
+    }
 
 
 def build(job: Job, folder: Path) -> dict[str, Any]:
@@ -63,6 +66,11 @@ STAGE = Stage("merge", 1, inputs, build)
 
 def _pairs(adapter: dict[str, "torch.Tensor"]) -> dict[str, tuple["torch.Tensor", "torch.Tensor"]]:
     """Return A of shape (r, in) and B of shape (out, r) by the name of the base tensor they change."""
+    if unknown := [name for name in adapter if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise failure(
+            f"the adapter holds {unknown[0]}, which is no LoRA matrix of a linear layer",
+            hint="delete gen-model/adapter and train again; target_modules must name linear layers",
+        )
     pairs = {}
     for name, a in adapter.items():
         if name.endswith(".lora_A.weight"):

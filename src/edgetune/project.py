@@ -1,5 +1,6 @@
 """Folder and file names of a generated project. No other module spells a path."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class Project:
     @classmethod
     def find(cls, start: Path) -> "Project":
         """Return the project that ``start`` lies in. Raises EdgetuneError when there is none."""
-        start = start.absolute()
+        start = Path(os.path.abspath(start))  # noqa: PTH100 - Path.absolute keeps "..", resolve follows links
         for folder in (start, *start.parents):
             if cls(folder).config.is_file():
                 return cls(folder)

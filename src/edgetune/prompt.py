@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from edgetune.errors import failure
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -33,6 +35,8 @@ class Template:
             raise ValueError("columns are inserted as they are: write {column} without ':' or '!'")
         if not all(columns):
             raise ValueError("every {} needs the name of a column inside; a literal brace is written twice")
+        if bad := [name for name in columns if name is not None and (set(name) & set(".[]") or name.isdigit())]:
+            raise ValueError(f"a column cannot be called {bad[0]!r} here: no dots, brackets or bare numbers")
         if len(columns) < 2:  # noqa: PLR2004
             raise ValueError("needs at least two columns: the last is the completion, the others make the prompt")
         split = max(i for i, part in enumerate(parts) if part[1] is not None)
@@ -74,7 +78,11 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load a model folder's ``tokenizer.json``, the file that every backend reads."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise failure(f"{path} cannot be read as a tokenizer: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -87,7 +95,8 @@ def end_token_ids(folder: Path) -> frozenset[int]:
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        ids = content.get("eos_token_id") if isinstance(content, dict) else None
         if ids is not None:
             return frozenset(ids if isinstance(ids, list) else [ids])
     return frozenset()

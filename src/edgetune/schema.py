@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -17,19 +18,13 @@ from pydantic import (
 from edgetune.prompt import Template
 from edgetune.source import JsonSource
 
-BUILDER_DEVICE = {
-    "CPUExecutionProvider": "cpu",
-    "CUDAExecutionProvider": "cuda",
-    "DmlExecutionProvider": "dml",
-}
-"""Execution provider → the name onnxruntime-genai's builder has for it."""
 
-PRECISIONS = {
-    "cpu": ("int4", "fp32"),
-    "cuda": ("int4", "fp16", "bf16", "fp32"),
-    "dml": ("int4", "fp16"),
-}
-"""What onnxruntime-genai 0.14.1 can build for a device."""
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+"""A text or several, as Olive takes them."""
 
 
 class _Strict(BaseModel):
@@ -55,11 +50,8 @@ class InputModel(_Strict):
 class Accelerator(_Strict):
     """What the exported model runs on."""
 
-    device: Literal["cpu", "gpu"]
-    execution_providers: Annotated[
-        list[Literal["CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionProvider"]],
-        Field(min_length=1, max_length=1),
-    ]
+    device: Literal["cpu"]
+    execution_providers: Annotated[list[Literal["CPUExecutionProvider"]], Field(min_length=1, max_length=1)]
 
 
 class System(_Strict):
@@ -73,15 +65,15 @@ class LoadDataset(_Strict):
     """Arguments of ``datasets.load_dataset``. Olive's default split, ``validation``, fits no file."""
 
     data_name: Literal["json", "csv"]
-    data_files: str | list[str]
-    split: str
+    data_files: Texts
+    split: Annotated[str, Field(pattern=r"^train(\[(-?\d+%?)?:(-?\d+%?)?\])?$")]
 
 
 class PreProcess(_Strict):
     """How rows become text. Olive's own defaults join rows and add special tokens, so both must be set."""
 
     text_template: str
-    text_cols: str | list[str] = ["text"]
+    text_cols: Texts = ["text"]
     strategy: Literal["line-by-line"]
     add_special_tokens: Literal[False]
     max_seq_len: Annotated[int, Field(ge=2)] = 1024
@@ -114,7 +106,7 @@ class DataConfig(_Strict):
 class _TrainingArguments(_Strict):
     """The arguments with a default of Olive's, or that every run needs to be sane."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     lr_scheduler_type: str = "constant"
     report_to: str | list[str] = "none"
     eval_strategy: Literal["no", "steps", "epoch"] | None = None
@@ -124,7 +116,7 @@ class _TrainingArguments(_Strict):
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     gradient_checkpointing: bool | None = None
 
 
@@ -178,6 +170,18 @@ PASSED_ON_ARGUMENTS = (
 """TrainingArguments of transformers that are handed on as they are. Those missing here either belong to the
 runtime (where checkpoints lie, devices, precision) or reach outside the machine (the Hub)."""
 
+_NUMBERS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "eval_steps",
+    "label_smoothing_factor",
+    "logging_steps",
+    "save_steps",
+    "warmup_steps",
+    "weight_decay",
+)
+
 TrainingArguments: type[_TrainingArguments] = create_model(
     "TrainingArguments",
     __base__=_TrainingArguments,
@@ -190,7 +194,7 @@ class LoRA(_Strict):
 
     type: Literal["LoRA"]
     r: Annotated[int, Field(ge=1)] = 64
-    alpha: Annotated[float, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -209,7 +213,7 @@ class ModelBuilder(_Strict):
     """Olive's pass around onnxruntime-genai's model builder."""
 
     type: Literal["ModelBuilder"]
-    precision: Literal["int4", "fp16", "bf16", "fp32"]
+    precision: Literal["int4", "fp32"]
     search: dict[str, Any] = {}
     int4_block_size: Literal[16, 32, 64, 128, 256] | None = None
     int4_accuracy_level: Literal[1, 2, 3, 4] | None = None
@@ -218,7 +222,6 @@ class ModelBuilder(_Strict):
     int4_nodes_to_exclude: list[str] | None = None
     int4_algo_config: Literal["default", "rtn", "k_quant_mixed", "k_quant_last", "rtn_last"] | None = None
     use_qdq: bool | None = None
-    use_cuda_bf16: bool | None = None
 
     @field_validator("search")
     @classmethod
@@ -249,7 +252,7 @@ class Workflow(_Strict):
     cache_dir: str = ""
     output_dir: str = ""
     log_severity_level: int = 1
-    evaluate_input_model: bool = False
+    evaluate_input_model: Literal[False] = False
     _source: JsonSource = PrivateAttr()
 
     def located(self, source: JsonSource) -> "Workflow":
@@ -279,11 +282,6 @@ class Workflow(_Strict):
     def builder(self) -> ModelBuilder:
         """The export pass."""
         return next(p for p in self.passes.values() if isinstance(p, ModelBuilder))
-
-    @property
-    def device(self) -> str:
-        """The builder's name of what the model runs on: cpu, cuda or dml."""
-        return BUILDER_DEVICE[self.systems[self.target].accelerators[0].execution_providers[0]]
 
     @property
     def train_data(self) -> DataConfig:

@@ -1,6 +1,7 @@
 """JSON with line numbers: reads a file and remembers on which line every key and item stands."""
 
 import json
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,32 @@ Location = tuple[str | int, ...]
 """Keys and indices that lead from the top of a JSON document to one of its values."""
 
 
+def parse(text: str) -> Any:
+    """Parse JSON. Raises ValueError (JSONDecodeError where it has a position) for all that is not usable text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a \\ud… escape without its other half is no character") from None
+    return value
+
+
 class _Walker:
     """Second pass over text that :func:`json.loads` has accepted, so it need not check syntax."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.lines: dict[Location, int] = {}
+        self.newlines = [at for at, character in enumerate(text) if character == "\n"]
         self.duplicates: list[tuple[str, int]] = []
         self.decoder = json.JSONDecoder()
+
+    def line(self, at: int) -> int:
+        return bisect_left(self.newlines, at) + 1
 
     def skip(self, at: int) -> int:
         while at < len(self.text) and self.text[at] in " \t\r\n,:":
@@ -27,7 +46,7 @@ class _Walker:
     def value(self, at: int, location: Location) -> int:
         """Record the value that starts at or after ``at``; return the position behind it."""
         at = self.skip(at)
-        self.lines.setdefault(location, self.text.count("\n", 0, at) + 1)
+        self.lines.setdefault(location, self.line(at))
         if self.text[at] == "{":
             return self.members(at + 1, location)
         if self.text[at] == "[":
@@ -36,7 +55,7 @@ class _Walker:
 
     def members(self, at: int, location: Location) -> int:
         while self.text[at := self.skip(at)] != "}":
-            line = self.text.count("\n", 0, at) + 1
+            line = self.line(at)
             key, at = self.decoder.raw_decode(self.text, at)
             if (*location, key) in self.lines:
                 self.duplicates.append((key, line))
@@ -66,7 +85,7 @@ class JsonSource:
             raise failure(f"{name} cannot be read: {error}", where=name) from None
         walker = _Walker(text)
         try:
-            self.data: Any = json.loads(text)
+            self.data: Any = parse(text)
             walker.value(0, ())
         except json.JSONDecodeError as error:
             raise failure(
@@ -74,8 +93,8 @@ class JsonSource:
                 where=f"{name}:{error.lineno}",
                 hint="often a missing or trailing comma on this line or the one above",
             ) from None
-        except RecursionError:
-            raise failure("nested too deeply to be a workflow file", where=f"{name}:1") from None
+        except (ValueError, RecursionError) as error:
+            raise failure(f"not usable JSON: {error}", where=f"{name}:1") from None
         self.lines = walker.lines
         self.duplicates = walker.duplicates
 

@@ -27,6 +27,7 @@ from edgetune.schema import Workflow
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("edgetune", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-genai", "tokenizers")
+_MARK = ("size", "mtime", "ctime", "inode", "sha256")  # what an entry of the hash cache holds
 _SETTLED_SECONDS = 2.0  # a file younger than this may still change within its time stamp's resolution
 
 
@@ -77,16 +78,17 @@ class Hashes:
         self.cache = cache
         self.known: dict[str, list[Any]] = {}
         self.changed = False
-        with suppress(OSError, ValueError):
-            self.known = json.loads(cache.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError):
+            known = json.loads(cache.read_text(encoding="utf-8"))
+            self.known = {k: v for k, v in dict(known).items() if isinstance(v, list) and len(v) == len(_MARK)}
 
     def __getitem__(self, path: Path) -> str:
         """Return the sha256 of ``path``; reads the file unless an unchanged, settled one is known."""
         stat = path.stat()
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        known = self.known.get(str(path))
-        if known is not None and known[:4] == mark:
-            return str(known[4])
+        *known, known_digest = self.known.get(str(path), [""])
+        if known == mark:
+            return str(known_digest)
         digest = sha256(path)
         if abs(time.time() - max(stat.st_mtime, stat.st_ctime)) > _SETTLED_SECONDS:
             self.known[str(path)] = [*mark, digest]
@@ -136,9 +138,7 @@ def list_outputs(folder: Path, hashes: Hashes | None = None) -> dict[str, dict[s
 def is_intact(folder: Path, outputs: Mapping[str, Mapping[str, Any]], hashes: Hashes) -> bool:
     """Tell whether every listed file is there with the listed bytes."""
     return all(
-        (path := folder / name).is_file()
-        and path.stat().st_size == entry["size"]
-        and hashes[path] == entry["sha256"]
+        (path := folder / name).is_file() and path.stat().st_size == entry["size"] and hashes[path] == entry["sha256"]
         for name, entry in outputs.items()
     )
 
@@ -147,6 +147,12 @@ def is_current(folder: Path, key: str, hashes: Hashes) -> bool:
     """Tell whether ``folder`` holds the untouched output of the stage with this key."""
     manifest = read_manifest(folder)
     return manifest is not None and manifest["key"] == key and is_intact(folder, manifest["outputs"], hashes)
+
+
+def published(folder: Path) -> dict[str, str]:
+    """Return the sha256 of a stage's published files from its manifest; nothing when there is none."""
+    manifest = read_manifest(folder)
+    return {} if manifest is None else {name: entry["sha256"] for name, entry in manifest["outputs"].items()}
 
 
 def partial_folder(folder: Path) -> Path:

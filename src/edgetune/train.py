@@ -6,6 +6,8 @@ its last whole checkpoint.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,17 @@ from edgetune.dataset import Tokens
 from edgetune.download import digests
 from edgetune.errors import EdgetuneError, Problem, failure, missing_extra
 from edgetune.prompt import Sample, end_token_ids
-from edgetune.stages import MANIFEST, Hashes, Job, Stage, is_intact, list_outputs, read_manifest, write_json
+from edgetune.stages import (
+    MANIFEST,
+    Hashes,
+    Job,
+    Stage,
+    is_intact,
+    list_outputs,
+    published,
+    read_manifest,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +43,19 @@ def inputs(job: Job) -> dict[str, Any]:
         lora["training_args"].pop(name, None)
     return {
         "base": digests(job, weights=True),
-        "data": job.keys["data"],
+        "data": [job.keys["data"], published(job.project.stage_folder("data"))],
         "pass": lora,
-        "device": job.workflow.device,
     }
 
 
 _ONLY_TIME_AND_LOGS = {
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "eval_accumulation_steps",
+    "per_device_eval_batch_size",
+    "torch_empty_cache_steps",
     "gradient_checkpointing",
     "logging_first_step",
     "logging_steps",
@@ -62,20 +80,24 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     arguments = _training_arguments(job, folder / _CHECKPOINTS)
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
     model = _model_with_adapter(job)
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=tokens,
-        eval_dataset=Tokens(job.project.stage_folder("data"), "eval") if job.workflow.eval_data else None,
-        data_collator=_Collator(job.base_folder),
-        callbacks=[_callback(job)],
-    )
+    with _argument_errors(job):
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=tokens,
+            eval_dataset=Tokens(job.project.stage_folder("data"), "eval") if job.workflow.eval_data else None,
+            data_collator=_Collator(job.base_folder),
+            callbacks=[_callback(job)],
+        )
+        trainer.create_optimizer()
     trainer.remove_callback(transformers.PrinterCallback)
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job, folder / _CHECKPOINTS))
     metrics = _metrics(trainer, result.metrics)
-    if not torch.isfinite(torch.tensor(metrics["loss"])):
+    if not all(torch.isfinite(weight).all() for weight in model.parameters() if weight.requires_grad):
+        # The checkpoints hold the same; without them, the next run starts over.
+        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
         raise failure(
-            "the training loss is not a number: training diverged",
+            "training diverged: the adapter holds values that are not numbers",
             where=job.workflow.where_in_pass("LoRA", "training_args", "learning_rate"),
             hint="lower learning_rate (a tenth of it is a good try)",
         )
@@ -96,11 +118,15 @@ def check_target_modules(job: Job) -> None:
     if wanted is None:
         return
     shapes = tensor_shapes(job.base_folder)
-    modules = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
-    layers = {name.split(".")[-2] for name, shape in shapes.items() if len(shape) == 2 and _in_layer(name)}  # noqa: PLR2004
+    modules = {
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and "embed" not in name  # noqa: PLR2004 - a linear layer
+    }
+    layers = {name.rpartition(".")[2] for name in modules}
     problems = [
         Problem(
-            f"target_modules: {name!r} matches no module of {job.base_id}",
+            f"target_modules: {name!r} matches no linear layer of {job.base_id}",
             job.workflow.where_in_pass("LoRA", "target_modules"),
             f"its linear layers are: {', '.join(sorted(layers))}",
         )
@@ -109,10 +135,6 @@ def check_target_modules(job: Job) -> None:
     ]
     if problems:
         raise EdgetuneError(problems)
-
-
-def _in_layer(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
 
 
 def tensor_shapes(model: Path) -> dict[str, list[int]]:
@@ -140,18 +162,22 @@ def _training_arguments(job: Job, output: Path) -> Any:
     given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
     given.setdefault("save_total_limit", 2)
     given.setdefault("gradient_checkpointing", False)
-    given.setdefault("dataloader_pin_memory", job.workflow.device == "cuda")
-    try:
+    given.setdefault("dataloader_pin_memory", False)
+    with _argument_errors(job):
         return TrainingArguments(
-            output_dir=str(output),
-            use_cpu=job.workflow.device != "cuda",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            **given,
+            output_dir=str(output), use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **given
         )
-    except (ValueError, TypeError, ImportError) as error:
+
+
+@contextmanager
+def _argument_errors(job: Job) -> Iterator[None]:
+    """Turn what transformers says of an unusable training argument into an error with its place."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         where = job.workflow.where_in_pass("LoRA", "training_args")
-        raise failure(f"training_args: {str(error).splitlines()[0]}", where=where) from None
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise failure(f"training_args: {said}", where=where, hint="correct the argument or remove it") from error
 
 
 def _model_with_adapter(job: Job) -> Any:
@@ -178,10 +204,9 @@ def _model_with_adapter(job: Job) -> Any:
         where = job.workflow.where_in_pass("LoRA", "target_modules")
         raise failure(str(error).splitlines()[0], where=where, hint="name the layers in target_modules") from None
     trained, total = model.get_nb_trainable_parameters()
-    device = "cuda" if job.workflow.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     job.progress.say(
         f"LoRA r {lora.r} on {', '.join(sorted(model.peft_config['default'].target_modules))}: "
-        f"{trained:,} of {total:,} parameters; {lora.torch_dtype} on {device}"
+        f"{trained:,} of {total:,} parameters; {lora.torch_dtype} on cpu, {torch.get_num_threads()} threads"
     )
     return model
 

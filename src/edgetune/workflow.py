@@ -85,6 +85,12 @@ def status(job: Job) -> list[StepState]:
     return states
 
 
+def stale(job: Job) -> str:
+    """Say which published results are older than what they depend on; empty when none is."""
+    states = [state for state in status(job) if state.state == "stale"]
+    return "; ".join(f"{state.step}: {state.detail}" for state in states)
+
+
 def _stage_state(job: Job, stage: Stage) -> StepState:
     folder = job.project.stage_folder(stage.name)
     name = job.project.name(folder)
