@@ -159,7 +159,9 @@ def _checked_rows(job: Job, config: DataConfig) -> tuple[list[dict[str, str]], l
         problems.append(Problem(f"the data set {config.name!r} has no rows", where, "add rows, or widen its split"))
     template = job.workflow.where_in_data(config, "pre_process_data_config", "text_template")
     problems += row_problems(rows, config.template.columns, template)
-    for column in set(config.pre_process_data_config.text_cols) - set(config.template.columns):
+    given = config.pre_process_data_config
+    unused = set(given.text_cols) - set(config.template.columns) if "text_cols" in given.model_fields_set else ()
+    for column in sorted(unused):
         where = job.workflow.where_in_data(config, "pre_process_data_config", "text_cols")
         hint = f"the template has: {', '.join(config.template.columns)}"
         problems.append(Problem(f"text_cols names {column!r}, which text_template does not use", where, hint))

@@ -185,7 +185,7 @@ _NUMBERS = (
 TrainingArguments: type[_TrainingArguments] = create_model(
     "TrainingArguments",
     __base__=_TrainingArguments,
-    **dict.fromkeys(PASSED_ON_ARGUMENTS, (Any, None)),  # type: ignore[call-overload]
+    **{name: (float | None if name in _NUMBERS else Any, None) for name in PASSED_ON_ARGUMENTS},  # type: ignore[call-overload]
 )
 
 
