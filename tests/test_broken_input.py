@@ -124,12 +124,6 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
             "at least 1",
             "",
         ),
-        (
-            lambda c: c["data_configs"][0]["pre_process_data_config"].update(text_cols="x"),
-            "text_cols",
-            "not the col",
-            "",
-        ),
         (edit_training_args(weight_decay="a"), "weight_decay", "valid number", ""),
         (lambda c: c["input_model"].update(model_path="/phi"), "model_path", "must be ../model-cache/", ""),
     ],
@@ -275,6 +269,7 @@ def test_diverged_training_is_not_published(project: Sandbox) -> None:
     check_refused(project, f"fine-tuning/olive-config.json:{line}: training diverged")
 
 
+@pytest.mark.slow
 def test_unusable_training_argument(project: Sandbox) -> None:
     """What only transformers can judge is an error with its place too."""
     project.edit(edit_training_args(optim="no_such_optimiser"))

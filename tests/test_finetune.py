@@ -224,7 +224,7 @@ def test_killed_training_continues_to_the_same_adapter(project: Sandbox) -> None
 
 def test_half_written_checkpoint_is_skipped(project: Sandbox) -> None:
     """A checkpoint with a truncated file is passed over for the one before it."""
-    shorten(project, 60)
+    shorten(project, 14)
     checkpoints = kill_in_training(project)
     newest = max(checkpoints.iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
     weights = newest / "adapter_model.safetensors"
@@ -238,6 +238,7 @@ def test_half_written_checkpoint_is_skipped(project: Sandbox) -> None:
     assert "continuing from step" in result.stderr
 
 
+@pytest.mark.slow
 def test_interrupt_ends_with_130_and_keeps_results(project: Sandbox) -> None:
     """Ctrl-C during training is no traceback, exits 130, and the published results stay."""
     before = project.results()
