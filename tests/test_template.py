@@ -651,7 +651,7 @@ def test_an_update_keeps_what_the_user_owns(git_template: Path, tmp_path: Path) 
     project = render(released.as_uri(), tmp_path / "my-slm")
     config = project / "fine-tuning/olive-config.json"
     config.write_text(
-        config.read_text(encoding="utf-8").replace('"learning_rate": 0.001', '"learning_rate": 0.0007'),
+        config.read_text(encoding="utf-8").replace('"learning_rate": 0.002', '"learning_rate": 0.0007'),
         "utf-8",
     )
     (project / "datasets/eval.jsonl").unlink()
