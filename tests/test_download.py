@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -170,7 +171,7 @@ def test_unknown_model_is_told(hub_project: Sandbox, hub: HubServer) -> None:
     result = hub_project.run("download", env={"HF_ENDPOINT": hub.url})
 
     assert result.returncode == 1
-    assert "error: fine-tuning/olive-config.json: acme/other was not found on the Hub" in result.stderr
+    assert re.search(r"error: fine-tuning/olive-config.json:\d+: acme/other was not found on the Hub", result.stderr)
 
 
 def test_weights_put_there_by_hand_are_adopted(hub_project: Sandbox) -> None:
@@ -273,3 +274,24 @@ def test_another_revision_than_the_locked_one_is_refused(hub_project: Sandbox, h
 
     assert result.returncode == 1
     assert "is not the locked one" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gemma3_text"}, "cannot be exported"),
+        ({"model_type": "olmo"}, "other answers"),
+        ({}, "names no"),
+    ],
+)
+def test_model_that_cannot_be_exported_is_refused_before_training(
+    hub_project: Sandbox, config: dict[str, str], message: str
+) -> None:
+    """What the exporter is known to get wrong is said at once, not after hours."""
+    folder = other_base(hub_project.root / "model-cache/acme/phi")
+    (folder / "config.json").write_text(json.dumps(config))
+
+    result = hub_project.run("download")
+
+    assert result.returncode == 1
+    assert re.search(rf"error: fine-tuning/olive-config.json:\d+: .*{message}", result.stderr)

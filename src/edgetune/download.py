@@ -34,6 +34,13 @@ USED_FILES = (
 UNUSED_FILES = ("consolidated*", "*/*")
 """A second copy of the weights in another layout (Mistral), and whatever lies in subfolders."""
 
+UNEXPORTABLE = {
+    "gemma3": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
+    "gemma3_text": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
+    "olmo": "comes out of onnxruntime-genai 0.14.1 with other answers, without any error",
+}
+"""Architectures that would fail after hours of training, or worse, not fail."""
+
 _CLIENT_FOLDER = ".cache"  # huggingface_hub keeps its own notes below the local folder
 
 
@@ -184,7 +191,7 @@ def _hub_problem(job: Job, error: Exception) -> Exception:
     import httpx2
     from huggingface_hub import errors
 
-    where, model = job.project.name(job.project.config), job.base_id
+    where, model = job.workflow.where("input_model", "model_path"), job.base_id
     page = f"https://huggingface.co/{model}"
     if isinstance(error, errors.GatedRepoError):
         hint = f"accept the terms on {page}, then put HF_TOKEN=… into .env or run `hf auth login`"
@@ -220,23 +227,23 @@ def _is_model(folder: Path) -> bool:
 
 
 def _check_model(job: Job, folder: Path) -> None:
-    """Raise EdgetuneError unless ``folder`` holds all that the later steps need."""
+    """Raise EdgetuneError unless ``folder`` holds all that the later steps need, of a kind they can use."""
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
         missing.append("weights as *.safetensors")
     for index in folder.glob("*.safetensors.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
         missing += [name for name in sorted(shards) if not (folder / name).is_file()]
+    where = job.workflow.where("input_model", "model_path")
+    hint = "choose a model that ships safetensors weights and tokenizer.json (pickle files are never loaded)"
     if missing:
-        problems = [
-            Problem(
-                f"{job.base_id} has no {name}",
-                job.project.name(job.project.config),
-                "choose a model that ships safetensors weights and tokenizer.json (pickle files are never loaded)",
-            )
-            for name in missing
-        ]
-        raise EdgetuneError(problems)
+        raise EdgetuneError([Problem(f"{job.base_id} has no {name}", where, hint) for name in missing])
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise failure(f"the config.json of {job.base_id} names no model_type", where=where, hint=hint) from None
+    if kind in UNEXPORTABLE:
+        raise failure(f"{job.base_id} ({kind}) {UNEXPORTABLE[kind]}", where=where, hint="choose another base model")
 
 
 def _check_revision(job: Job, locked: LockEntry) -> None:
