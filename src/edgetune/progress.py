@@ -115,7 +115,12 @@ class Progress:
                 TimeRemainingColumn(),
             )
             self._bar = Bar(
-                *columns, TextColumn("{task.fields[text]}"), console=Console(file=self.stream), transient=True
+                *columns,
+                TextColumn("{task.fields[text]}"),
+                console=Console(file=self.stream),
+                transient=True,
+                redirect_stdout=False,  # what libraries print goes to the stage's log
+                redirect_stderr=False,
             )
             self._bar.start()
             self._bar.add_task(f"{self.stage:<9}", total=total, text=text)

@@ -70,6 +70,7 @@ _ONLY_TIME_AND_LOGS = {
 def build(job: Job, folder: Path) -> dict[str, Any]:
     """Train and save the adapter into ``folder``. Raises EdgetuneError for a configuration that cannot work."""
     check_target_modules(job)
+    job.progress.advance(0, 1, "loading torch and the base model")
     try:
         import torch
         import transformers
