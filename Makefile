@@ -7,7 +7,7 @@ BIN := .venv/bin
 PINS := src/edgetune/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint
+.PHONY: help setup demo test test-slow lint examples
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,13 @@ lint: setup ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+examples: setup ## Render examples/ anew
+	rm -rf examples/tone-lora
+	version="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" && \
+	$(BIN)/copier copy --quiet --defaults --vcs-ref HEAD --exclude .copier-answers.yml \
+	  --data project_name=tone-lora --data "runtime_requirement=edgetune[train,export,olive]==$$version" \
+	  "$(CURDIR)" examples/tone-lora
 
 # The fallback is for networks that reach a package mirror but not PyTorch's index.
 .venv/.ready: pyproject.toml $(PINS)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
@@ -696,3 +697,19 @@ def test_copying_again_keeps_data_and_prompts(template: Path, own_project: Path)
 
     assert all((own_project / name).read_text(encoding="utf-8") == '{"phrase": "mine"}\n' for name in own)
     assert (own_project / "Makefile").read_text(encoding="utf-8")
+
+
+def test_examples_are_what_the_template_renders(tmp_path: Path) -> None:
+    """``examples/tone-lora`` is byte for byte a render of today's template; ``make examples`` renews it."""
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    answers = {"project_name": "tone-lora", "runtime_requirement": f"edgetune[train,export,olive]=={version}"}
+    source = copy_template(tmp_path / "template")
+
+    copier.run_copy(
+        str(source), tmp_path / "out", data=answers, defaults=True, quiet=True, exclude=[".copier-answers.yml"]
+    )
+
+    def content(folder: Path) -> dict[str, bytes]:
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    assert content(REPOSITORY / "examples/tone-lora") == content(tmp_path / "out")
