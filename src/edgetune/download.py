@@ -148,7 +148,7 @@ def _copy(job: Job, source: Path, target: Path) -> None:
 
 def _fetch_from_hub(job: Job, target: Path, locked: LockEntry | None) -> str:
     """Fetch one commit of a Hub repository and return it; finished files of an earlier try are kept."""
-    _load_dotenv(job.project.root / ".env")
+    _load_dotenv(job.project.dotenv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub

@@ -1,7 +1,7 @@
 """Merge the adapter into the base weights: base + ``gen-model/adapter/`` → ``gen-model/merged/``.
 
-Works tensor by tensor over the safetensors files, so that every tensor the adapter does not touch, and every
-configuration and tokenizer file, stays byte for byte what the base model has.
+Works on the safetensors files themselves, one after the other, so that every tensor the adapter does not
+touch, and every configuration and tokenizer file, stays byte for byte what the base model has.
 """
 
 import json

@@ -55,6 +55,11 @@ class Project:
         return self.root / "setup" / "model.lock.json"
 
     @property
+    def dotenv(self) -> Path:
+        """The user's token and endpoint of the Hub (git-ignored)."""
+        return self.root / ".env"
+
+    @property
     def results(self) -> Path:
         """Everything the runtime makes."""
         return self.root / "gen-model"

@@ -20,19 +20,6 @@ SYSTEM_SHARE = 0.05
 MIXED_MESSAGES = 0.4
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "Be kind and short.", "Reply in a few words.")
 
-FILLERS = {
-    "name": words.NAMES,
-    "person": words.PEOPLE + words.NAMES,
-    "thing": words.THINGS,
-    "place": words.PLACES,
-    "event": words.EVENTS,
-    "animal": words.ANIMALS,
-    "food": words.FOODS,
-    "tool": words.TOOLS,
-    "clothing": words.CLOTHES,
-    "plant": words.PLANTS,
-    "colour": words.COLOURS,
-}
 KINDS = {
     "animal": words.ANIMALS,
     "food": words.FOODS,
@@ -41,6 +28,12 @@ KINDS = {
     "plant": words.PLANTS,
     "colour": words.COLOURS,
     "name": words.NAMES,
+}
+FILLERS = KINDS | {
+    "person": words.PEOPLE + words.NAMES,
+    "thing": words.THINGS,
+    "place": words.PLACES,
+    "event": words.EVENTS,
 }
 OPPOSITES = tuple(
     tuple(pair.split("/"))
