@@ -13,7 +13,7 @@ from edgetune.builtin.tone_templates import PATTERNS, SHARED
 from edgetune.builtin.vocabulary import TONES
 
 ROOT = Path(__file__).parents[1]
-DATASETS = ROOT / "template" / "datasets"
+DATASETS = ROOT / "template" / "{% if dataset == 'tone' %}datasets{% endif %}"
 MODEL = ROOT / "src" / "edgetune" / "builtin" / "tiny-phi3"
 DOCUMENTS = 30_000
 

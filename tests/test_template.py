@@ -1,13 +1,16 @@
 """The copier template: what it renders, what it refuses, and what the rendered files do."""
 
+import functools
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -17,12 +20,39 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 
+from edgetune.contract import Template
+from edgetune.prompt import load_tokenizer
+
 REPOSITORY = Path(__file__).parents[1]
 CONSTRAINTS = Path("src/edgetune/constraints.txt")
-CATALOGUE: dict[str, dict[str, Any]] = yaml.safe_load((REPOSITORY / "copier.yml").read_text(encoding="utf-8"))[
-    "catalogue"
-]["default"]
+QUESTIONS: dict[str, Any] = yaml.safe_load((REPOSITORY / "copier.yml").read_text(encoding="utf-8"))
+CATALOGUE: dict[str, dict[str, Any]] = QUESTIONS["catalogue"]["default"]
+FILE_FORMATS: list[str] = list(QUESTIONS["data_formats"]["default"])
 MODELS = [name for name in CATALOGUE if name != "custom"]
+CHOICES: dict[str, dict[str, str]] = {
+    "tone": {},
+    "qa": {"dataset": "qa"},
+    "file": {"dataset": "file", "data_file": "own.csv", "columns": "text, a second text , label"},
+    "file-tsv": {"dataset": "file", "data_file": "datasets/mine/own.tsv", "columns": "frage,größe 😀"},
+    "file-absolute": {"dataset": "file", "data_file": "/srv/my rows/own.PARQUET", "columns": "completion,prompt"},
+    "hub": {"dataset": "hub", "hub_dataset": "some-org/a.set_1", "columns": "instruction,output"},
+    "hub-chats": {"dataset": "hub", "hub_dataset": "legacy", "columns": " messages "},
+    "datastore": {
+        "dataset": "datastore",
+        "datastore_path": "azureml://datastores/workspaceblobstore/paths/a/b/own.jsonl",
+        "columns": "q,a",
+    },
+    "datastore-long": {
+        "dataset": "datastore",
+        "datastore_path": "azureml://subscriptions/s/resourcegroups/r/workspaces/w/datastores/d/paths/own.json",
+        "columns": "messages",
+    },
+    "datastore-folder": {
+        "dataset": "datastore",
+        "datastore_path": "azureml://datastores/workspaceblobstore/paths/tones/v2/",
+        "columns": "q,a",
+    },
+}
 FORMATS = {
     "phi3": "<|user|>\n{phrase}<|end|>\n<|assistant|>\n{tone}<|end|>",
     "chatml": "<|im_start|>user\n{phrase}<|im_end|>\n<|im_start|>assistant\n{tone}<|im_end|>",
@@ -32,6 +62,9 @@ FORMATS = {
     "mistral": "<s>[INST] {phrase}[/INST]{tone}</s>",
     "plain": "{phrase}\n{tone}<|endoftext|>",
 }
+LITTLE_WORDS = frozenset(
+    {"a", "an", "the", "is", "are", "do", "does", "did", "in", "of", "to", "for", "from", "its", "all"}
+)
 COMMANDS = {
     "download": "download",
     "data": "data",
@@ -75,6 +108,11 @@ def render(source: Path | str, project: Path, **answers: str) -> Path:
     return project
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Load the rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def config_of(project: Path) -> dict[str, Any]:
     """Load a project's Olive workflow file."""
     return dict(json.loads((project / "fine-tuning/olive-config.json").read_text(encoding="utf-8")))
@@ -111,6 +149,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a project with the default answers, for reading only."""
     return render(template, tmp_path_factory.mktemp("rendered") / "my slm")
+
+
+@pytest.fixture(scope="session")
+def chosen(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that renders each of ``CHOICES`` once, for reading only."""
+    return functools.cache(lambda choice: render(template, tmp_path_factory.mktemp(choice) / "out", **CHOICES[choice]))
 
 
 @pytest.fixture
@@ -160,12 +204,12 @@ def test_a_project_has_the_documented_files_and_no_others(project: Path) -> None
 @pytest.mark.parametrize(
     "answers",
     [
-        {},
         {"base_model": "google/gemma-3-1b-it", "project_name": "tone.v2_a-b"},
         {"base_model": "Qwen/Qwen3-0.6B"},
         {"base_model": "custom", "custom_model": "some.org/a-model_1.5", "prompt_format": "plain"},
+        *CHOICES.values(),
     ],
-    ids=["default", "gated", "own-template", "custom"],
+    ids=["gated", "own-template", "custom", *CHOICES],
 )
 def test_text_files_are_complete(template: Path, tmp_path: Path, answers: dict[str, str]) -> None:
     """No template syntax is left over, every file ends with one newline, and JSON and YAML parse."""
@@ -174,6 +218,7 @@ def test_text_files_are_complete(template: Path, tmp_path: Path, answers: dict[s
     for path in (p for p in rendered.rglob("*") if p.is_file() and p.name != ".gitkeep"):
         text = path.read_text(encoding="utf-8")
         assert not [mark for mark in ("{{", "}}", "{%", "%}", "{#") if mark in text], path
+        assert not re.search(r" $|\n\n\n|(?<!`)``(?!`)", text, re.MULTILINE), path
         assert text.endswith("\n"), path
         assert not text.endswith("\n\n"), path
         if path.suffix == ".json":
@@ -188,8 +233,7 @@ def test_prompts_are_not_in_the_datasets(project: Path) -> None:
     """The model is asked about phrases that it has neither learned from nor been measured on."""
 
     def phrases(name: str) -> set[str]:
-        lines = (project / name).read_text(encoding="utf-8").splitlines()
-        return {json.loads(line)["phrase"].lower() for line in lines}
+        return {row["phrase"].lower() for row in lines_of(project / name)}
 
     prompts = phrases("inferences/prompts.jsonl")
 
@@ -309,10 +353,10 @@ def stock_olive() -> Any:
     return pytest.importorskip("olive.workflows.run.config", reason="stock Olive (extra: olive) is not installed")
 
 
-@pytest.mark.parametrize("base_model", ["edgetune/tiny-phi3", "google/gemma-3-1b-it"])
-def test_stock_olive_accepts_the_workflow(template: Path, tmp_path: Path, stock_olive: Any, base_model: str) -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+def test_stock_olive_accepts_the_workflow(chosen: Callable[[str], Path], stock_olive: Any, choice: str) -> None:
     """Olive's own schema takes the file and keeps the steps and their order."""
-    config = config_of(render(template, tmp_path / "out", base_model=base_model))
+    config = config_of(chosen(choice))
 
     workflow = stock_olive.RunConfig.model_validate(config)
 
@@ -324,16 +368,24 @@ def test_stock_olive_accepts_the_workflow(template: Path, tmp_path: Path, stock_
     assert workflow.engine.output_dir == Path("../gen-model/olive").resolve()
 
 
-def test_stock_olive_ignores_no_key(project: Path, stock_olive: Any) -> None:
-    """Olive drops keys it does not know with a mere warning or none: the workflow has none of them."""
+@pytest.mark.parametrize("choice", CHOICES)
+def test_stock_olive_ignores_no_key(chosen: Callable[[str], Path], stock_olive: Any, choice: str) -> None:
+    """Olive drops keys it does not know with a mere warning or none: the workflow has none of them.
+
+    Of ``load_dataset_config`` it passes on what it does not know to ``datasets.load_dataset``.
+    """
     import transformers
+    from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.json.json import JsonConfig
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+    from olive.data.component.load_dataset import huggingface_dataset
     from olive.data.component.text_generation import TextGenParams
     from olive.hardware.accelerator import AcceleratorSpec
     from olive.package_config import OlivePackageConfig
     from olive.passes.pytorch.lora import HFTrainingArguments
 
     assert stock_olive
-    config = config_of(project)
+    config = config_of(chosen(choice))
     accelerator = AcceleratorSpec("cpu", "CPUExecutionProvider")
     packages = OlivePackageConfig.load_default_config()
 
@@ -342,8 +394,179 @@ def test_stock_olive_ignores_no_key(project: Path, stock_olive: Any) -> None:
         assert set(step) - {"type"} <= set(known), step["type"]
     trainer = set(transformers.TrainingArguments.__dataclass_fields__)
     assert set(config["passes"]["lora"]["training_args"]) <= trainer | set(HFTrainingArguments.model_fields)
+    loaders = {"csv": CsvConfig, "json": JsonConfig, "parquet": ParquetConfig}
     for entry in config["data_configs"]:
         assert set(entry["pre_process_data_config"]) <= set(TextGenParams.model_fields)
+        loading = entry["load_dataset_config"]
+        passed_on = set(loading) - set(inspect.signature(huggingface_dataset).parameters)
+        assert passed_on <= set(getattr(loaders.get(loading["data_name"]), "__dataclass_fields__", ()))
+
+
+@pytest.mark.parametrize("ending", FILE_FORMATS)
+def test_stock_olive_reads_the_rows_of_a_file(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stock_olive: Any, ending: str
+) -> None:
+    """From the workflow's folder, Olive's loader finds every format: nine tenths to train on, the rest to evaluate."""
+    import datasets
+    from olive.data.component.load_dataset import huggingface_dataset
+
+    assert stock_olive
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rendered = render(
+        template, tmp_path / "my slm", dataset="file", data_file=f"own.{ending}", columns="the text,label"
+    )
+    rows = datasets.Dataset.from_list([{"the text": f"number {n}, with a comma", "label": f"l{n}"} for n in range(20)])
+    target = rendered / f"datasets/own.{ending}"
+    if ending == "parquet":
+        rows.to_parquet(target)
+    elif ending in {"csv", "tsv"}:
+        rows.to_csv(target, sep={"csv": ",", "tsv": "\t"}[ending])
+    else:
+        rows.to_json(target, lines=ending == "jsonl")
+    monkeypatch.chdir(rendered / "fine-tuning")
+
+    train, evaluation = (
+        huggingface_dataset(**entry["load_dataset_config"]) for entry in config_of(rendered)["data_configs"]
+    )
+
+    assert train.to_list() == rows.to_list()[:18]
+    assert evaluation.to_list() == rows.to_list()[18:]
+
+
+# ---------------------------------------------------------------- the data
+
+
+@pytest.mark.parametrize(
+    ("choice", "loading"),
+    [
+        ("file", {"data_name": "csv", "data_files": "../datasets/own.csv"}),
+        ("file-tsv", {"data_name": "csv", "delimiter": "\t", "data_files": "../datasets/mine/own.tsv"}),
+        ("file-absolute", {"data_name": "parquet", "data_files": "/srv/my rows/own.PARQUET"}),
+        ("hub", {"data_name": "some-org/a.set_1"}),
+        ("hub-chats", {"data_name": "legacy"}),
+        ("datastore", {"data_name": "json", "data_files": "../datasets/own.jsonl"}),
+        ("datastore-long", {"data_name": "json", "data_files": "../datasets/own.json"}),
+    ],
+)
+def test_rows_of_ones_own_are_divided_by_slices(
+    chosen: Callable[[str], Path], choice: str, loading: dict[str, str]
+) -> None:
+    """Both data sets read the chosen place, nine tenths and one; a ``datasets/`` before the name means the same."""
+    rendered = chosen(choice)
+
+    train, evaluation = (entry["load_dataset_config"] for entry in config_of(rendered)["data_configs"])
+    assert train == loading | {"split": "train[:90%]"}
+    assert evaluation == loading | {"split": "train[90%:]"}
+    assert {path.name for path in (rendered / "datasets").iterdir()} == {"README.md"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "prompt", "completion", "columns"),
+    [
+        ("qa", "{Question}", "{Best Answer}", ["Question", "Best Answer"]),
+        ("file", "{text}\n{a second text}", "{label}", ["text", "a second text", "label"]),
+        ("file-tsv", "{frage}", "{größe 😀}", ["frage", "größe 😀"]),
+        ("file-absolute", "{completion}", "{prompt}", ["completion", "prompt"]),
+    ],
+)
+def test_the_last_column_is_the_completion(
+    chosen: Callable[[str], Path], choice: str, prompt: str, completion: str, columns: list[str]
+) -> None:
+    """The others make the prompt, whatever they are called; edgetune reads the template the same way."""
+    rendered = chosen(choice)
+
+    data = config_of(rendered)["data_configs"][0]["pre_process_data_config"]
+    readme = (rendered / "datasets/README.md").read_text(encoding="utf-8")
+    assert data["text_template"] == f"<|user|>\n{prompt}<|end|>\n<|assistant|>\n{completion}<|end|>"
+    assert data["text_cols"] == list(Template.parse(data["text_template"]).columns) == columns
+    assert all(list(row) == columns[:-1] for row in lines_of(rendered / "inferences/prompts.jsonl"))
+    assert re.findall(r"^\| `(.*)` \| what", readme, re.MULTILINE) == columns
+
+
+@pytest.mark.parametrize("choice", ["hub-chats", "datastore-long"])
+def test_chats_are_written_with_the_models_own_template(
+    project: Path, chosen: Callable[[str], Path], choice: str
+) -> None:
+    """The column ``messages`` alone means chats; how the text becomes tokens does not change."""
+    texts = config_of(project)["data_configs"][0]["pre_process_data_config"]
+    del texts["text_template"], texts["text_cols"]
+
+    chats = [entry["pre_process_data_config"] for entry in config_of(chosen(choice))["data_configs"]]
+
+    (prompt,) = lines_of(chosen(choice) / "inferences/prompts.jsonl")
+    assert chats == [{"chat_template": True, "message_col": "messages"} | texts] * 2
+    assert [message["role"] for message in prompt["messages"]] == ["user"]
+
+
+def test_the_questions_are_all_different(chosen: Callable[[str], Path]) -> None:
+    """Enough rows, short enough for the built-in model; no question stands twice, be it in another file."""
+    rendered = chosen("qa")
+    train, evaluation = (lines_of(rendered / f"datasets/{name}.jsonl") for name in ("train", "eval"))
+    prompts = lines_of(rendered / "inferences/prompts.jsonl")
+    data = config_of(rendered)["data_configs"][0]["pre_process_data_config"]
+    tokenizer = load_tokenizer(REPOSITORY / "src/edgetune/builtin/tiny-phi3")
+
+    def significant(question: str) -> frozenset[str]:
+        return frozenset(re.findall(r"[a-z0-9']+", question.lower())) - LITTLE_WORDS
+
+    questions = [significant(row["Question"]) for row in [*train, *evaluation, *prompts]]
+    texts = [data["text_template"].format(**row) for row in [*train, *evaluation]]
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    assert 160 <= len(train) <= 240
+    assert (len(evaluation), len(prompts)) == (40, 5)
+    assert all(list(row) == ["Question", "Best Answer"] for row in [*train, *evaluation])
+    assert all(row["Question"].endswith("?") for row in [*train, *evaluation, *prompts])
+    assert all(row["Best Answer"].endswith(".") for row in [*train, *evaluation])
+    assert len(set(questions)) == len(questions)
+    assert max(lengths) <= data["max_seq_len"]
+
+
+@pytest.mark.parametrize(("choice", "checked"), [("file", True), ("file-absolute", False), ("datastore", False)])
+def test_the_workflow_on_github_checks_rows_that_are_there(
+    chosen: Callable[[str], Path], choice: str, *, checked: bool
+) -> None:
+    """A repository has neither files of another folder nor those of a datastore."""
+    steps = yaml.safe_load((chosen(choice) / ".github/workflows/ci.yml").read_text())["jobs"]["data"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make setup", *["make data"] * checked, "make status"]
+
+
+def test_a_datastores_folder_has_both_files(chosen: Callable[[str], Path]) -> None:
+    """A folder of a datastore is one with ``train.jsonl`` and ``eval.jsonl``, each read as a whole."""
+    loads = [entry["load_dataset_config"] for entry in config_of(chosen("datastore-folder"))["data_configs"]]
+
+    assert loads == [
+        {"data_name": "json", "data_files": f"../datasets/{name}.jsonl", "split": "train"} for name in ("train", "eval")
+    ]
+    assert "/datasets/*.jsonl" in (chosen("datastore-folder") / ".gitignore").read_text(encoding="utf-8")
+
+
+def test_git_ignores_the_copy_of_a_datastores_file(chosen: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its place is the datastore; everything else in ``datasets/`` belongs to the project."""
+    rendered = shutil.copytree(chosen("datastore"), tmp_path / "out")
+    (rendered / "datasets/own.jsonl").touch()
+    git(rendered, "init", "--quiet")
+
+    seen = git(rendered, "ls-files", "--others", "--exclude-standard", "datasets").splitlines()
+
+    assert seen == ["datasets/README.md"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ("tone", "is ready. Next:"),
+        ("file-tsv", "is ready. Put your rows into datasets/mine/own.tsv, then:"),
+        ("file-absolute", "is ready. Next:"),
+        ("datastore", "is ready. Copy the datastore's file to datasets/own.jsonl, then:"),
+    ],
+)
+def test_after_copying_it_says_where_the_rows_go(
+    template: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], choice: str, said: str
+) -> None:
+    """Commands that would fail for want of a file are not the first thing to do."""
+    copier.run_copy(str(template), tmp_path / "out", CHOICES[choice], defaults=True, settings=copier.Settings())
+
+    assert said in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- what is refused
@@ -354,11 +577,80 @@ def test_stock_olive_ignores_no_key(project: Path, stock_olive: Any) -> None:
     [
         ({"method": "qlora"}, "method.*'qlora' is not in"),
         ({"device": "cuda"}, "device.*'cuda' is not in"),
-        ({"dataset": "qa"}, "dataset.*'qa' is not in"),
+        ({"dataset": "mine"}, "dataset.*'mine' is not in"),
         ({"compute": "azureml"}, "compute.*'azureml' is not in"),
         ({"columns": "question,answer"}, 'The dataset "tone" has the columns phrase,tone'),
+        ({"dataset": "qa", "columns": "phrase,tone"}, 'The dataset "qa" has the columns Question,Best Answer'),
+        ({"data_file": "own.csv"}, "with dataset=file only, and dataset is tone"),
+        ({"dataset": "qa", "hub_dataset": "a/b"}, "with dataset=hub only, and dataset is qa"),
+        ({"datastore_path": "azureml://x"}, "with dataset=datastore only, and dataset is tone"),
+        *[
+            ({"dataset": "file", "columns": "a,b"} | given, message)
+            for given, message in (
+                ({}, 'Question "data_file" is required'),
+                ({"data_file": ""}, "A file name that ends with .json, .jsonl, .csv, .tsv, .parquet"),
+                ({"data_file": "own.xlsx"}, "A file name that ends with"),
+                ({"data_file": "csv"}, "A file name that ends with"),
+                ({"data_file": "datasets/.csv"}, "A file name that ends with"),
+                ({"data_file": "../own.csv"}, 'No "..": put the file into datasets/'),
+                ({"data_file": "/srv/../own.csv"}, 'No "..": put the file into datasets/'),
+                ({"data_file": "*.csv"}, "The name of a file in datasets/"),
+                ({"data_file": "/srv/part[1].csv"}, "The name of a file in datasets/"),
+                ({"data_file": "https://h.example/own.csv"}, "The name of a file in datasets/"),
+                ({"data_file": "~/own.csv"}, "The name of a file in datasets/"),
+                ({"data_file": "mine\\own.csv"}, "The name of a file in datasets/"),
+            )
+        ],
+        *[
+            ({"dataset": "hub", "columns": "a,b"} | given, message)
+            for given, message in (
+                ({}, 'Question "hub_dataset" is required'),
+                ({"hub_dataset": ""}, "An id on the Hugging Face Hub"),
+                ({"hub_dataset": "https://huggingface.co/datasets/a/b"}, "An id on the Hugging Face Hub"),
+                ({"hub_dataset": "../b"}, "An id on the Hugging Face Hub"),
+                ({"hub_dataset": "csv"}, '"csv" is the name of a file format'),
+            )
+        ],
+        *[
+            ({"dataset": "datastore", "columns": "a,b"} | given, message)
+            for given, message in (
+                ({}, 'Question "datastore_path" is required'),
+                ({"datastore_path": ""}, "azureml://datastores/STORE/paths/PATH is needed"),
+                (
+                    {"datastore_path": "azureml://datastores/d/paths/own.xlsx"},
+                    "azureml://datastores/STORE/paths/PATH is needed",
+                ),
+                (
+                    {"datastore_path": "azureml://datastores/d/own.csv"},
+                    "azureml://datastores/STORE/paths/PATH is needed",
+                ),
+                ({"datastore_path": "azureml:own:1"}, "azureml://datastores/STORE/paths/PATH is needed"),
+                ({"datastore_path": "https://h.example/own.csv"}, "azureml://datastores/STORE/paths/PATH is needed"),
+                ({"datastore_path": "azureml://datastores/d/paths/../own.csv"}, "One place is needed"),
+                ({"datastore_path": "azureml://datastores/d/paths/*.csv"}, "One place is needed"),
+            )
+        ],
+        ({"dataset": "file", "data_file": "own.csv"}, 'Question "columns" is required'),
+        *[
+            ({"dataset": "file", "data_file": "own.csv", "columns": columns}, message)
+            for columns, message in (
+                ("", "Two names or more are needed"),
+                ("a", "Two names or more are needed"),
+                ("a, b ,a", "A column stands there twice"),
+                *[
+                    (f"a,{name}", "A name is empty, a bare number, or has one of")
+                    for name in ("", " ", "1", "b\nc", *'{}[].!:"\\')
+                ],
+            )
+        ],
+        (
+            {"base_model": "custom", "custom_model": "a/b", "prompt_format": "plain", "dataset": "hub"}
+            | {"hub_dataset": "a/b", "columns": "messages"},
+            "name two columns or more",
+        ),
         ({"base_model": "nobody/nothing"}, "base_model.*'nobody/nothing' is not in"),
-        ({"base_model": "custom"}, "needs custom_model, a Hub id: organisation/name"),
+        ({"base_model": "custom"}, 'Question "custom_model" is required'),
+        ({"base_model": "custom", "custom_model": ""}, "needs custom_model, a Hub id: organisation/name"),
         ({"base_model": "custom", "custom_model": "../up"}, "needs custom_model, a Hub id"),
         ({"base_model": "custom", "custom_model": "a/b/c"}, "needs custom_model, a Hub id"),
         ({"base_model": "custom", "custom_model": MODELS[1]}, "is in the catalogue"),
@@ -371,7 +663,10 @@ def test_stock_olive_ignores_no_key(project: Path, stock_olive: Any) -> None:
         ({"runtime_requirement": "torch"}, "A requirement for edgetune"),
         ({"runtime_requirement": "edgetune\ntorch"}, "A requirement for edgetune"),
         ({"catalogue": "{}"}, "The catalogue is part of the template"),
+        ({"samples": "{}"}, "The samples are part of the template"),
+        ({"data_formats": "{}"}, "The file formats are part of the template"),
         ({"model": "{}"}, "This follows from base_model"),
+        ({"data": "{}"}, "This follows from dataset"),
     ],
     ids=lambda value: ",".join(f"{k}={v!r}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -381,6 +676,27 @@ def test_a_wrong_answer_is_refused(template: Path, tmp_path: Path, answers: dict
         render(template, tmp_path / "out", **answers)
 
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"base_model": "custom"},
+        {"base_model": MODELS[0], "dataset": "file"},
+        {"base_model": MODELS[0], "dataset": "hub"},
+        {"base_model": MODELS[0], "dataset": "datastore"},
+        {"base_model": MODELS[0], "dataset": "hub", "hub_dataset": "a/b"},
+    ],
+    ids=["custom_model", "data_file", "hub_dataset", "datastore_path", "columns"],
+)
+def test_what_only_the_user_knows_is_asked(template: Path, tmp_path: Path, answers: dict[str, str]) -> None:
+    """Copier gets as far as asking: it checks a question's default before, and stops if that is refused."""
+    given = [f"--data={name}={answer}" for name, answer in {"project_name": "x", **answers}.items()]
+    command = [sys.executable, "-m", "copier", "copy", *given, str(template), str(tmp_path / "out")]
+
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, capture_output=True, text=True)
+
+    assert "Interactive session required" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -665,8 +981,8 @@ def test_an_update_keeps_what_the_user_owns(git_template: Path, tmp_path: Path) 
             '"log_severity_level": 1',
             '"log_severity_level": 2',
         ),
-        "template/datasets/train.jsonl": ("phrase", "sentence"),
-        "template/inferences/prompts.jsonl": ("phrase", "sentence"),
+        "template/{% if dataset == 'tone' %}datasets{% endif %}/train.jsonl": ("phrase", "sentence"),
+        "template/inferences/prompts.jsonl.jinja": ("phrase", "sentence"),
     }
     for name, (old, new) in changed.items():
         text = (released / name).read_text(encoding="utf-8")
@@ -684,6 +1000,25 @@ def test_an_update_keeps_what_the_user_owns(git_template: Path, tmp_path: Path) 
     assert not (project / "inferences/prompts.jsonl").exists()
     assert Requirement(requirement_of(project)).url == f"git+{released.as_uri()}@v0.2.0"
     assert not list(project.rglob("*.rej"))
+
+
+def test_an_update_can_choose_other_data(git_template: Path, tmp_path: Path) -> None:
+    """The configuration follows the new answers; rows and prompts of the old ones stay, and none are added."""
+    project = render(git_template.as_uri(), tmp_path / "my-slm", **CHOICES["file-tsv"])
+    (project / "datasets/mine").mkdir()
+    (project / "datasets/mine/own.tsv").write_text("frage\tgröße 😀\n", encoding="utf-8")
+    commit(project)
+
+    copier.run_update(project, {"dataset": "qa"}, defaults=True, overwrite=True, quiet=True, settings=copier.Settings())
+
+    answers = yaml.safe_load((project / ".copier-answers.yml").read_text(encoding="utf-8"))
+    data = config_of(project)["data_configs"][0]
+    assert answers["dataset"] == "qa"
+    assert not {"data_file", "columns"} & set(answers)
+    assert data["load_dataset_config"]["data_files"] == "../datasets/train.jsonl"
+    assert data["pre_process_data_config"]["text_cols"] == ["Question", "Best Answer"]
+    assert list(lines_of(project / "inferences/prompts.jsonl")[0]) == ["frage"]
+    assert {path.name for path in (project / "datasets").iterdir()} == {"README.md", "mine"}
 
 
 def test_copying_again_keeps_data_and_prompts(template: Path, own_project: Path) -> None:
