@@ -3,46 +3,19 @@
 Sources: the built-in model, the Hub, a local folder (``--from``), or files that were put there by hand.
 """
 
-import json
-import os
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune import base_model, hub
+from edgetune.errors import EdgetuneError, failure, refuse
 from edgetune.project import BUILTIN_MODELS
 from edgetune.stages import Job, is_intact, partial_folder, publish, sha256, write_json
 
-USED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "LICENSE*",
-)
-"""What a run can use of a repository. Weights in pickle form are not among it."""
-
-UNUSED_FILES = ("consolidated*", "*/*")
-"""A second copy of the weights in another layout (Mistral), and whatever lies in subfolders."""
-
-UNEXPORTABLE = {
-    "gemma3": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
-    "gemma3_text": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
-    "olmo": "comes out of onnxruntime-genai 0.14.1 with other answers, without any error",
-}
-"""Architectures that would fail after hours of training, or worse, not fail."""
-
-_CLIENT_FOLDER = ".cache"  # huggingface_hub keeps its own notes below the local folder
-
+_TEXT_FILES = ("tokenizer", "chat_template", "generation_config.json", "config.json")
+_CHUNK = 16 * 1024 * 1024  # bytes copied between two reports of progress
 
 Source = Literal["built-in", "hub", "local"]
 
@@ -59,6 +32,9 @@ class LockEntry(BaseModel):
 
     source: Source
     revision: str | None
+    """The commit."""
+    requested: str | None = None
+    """What the workflow file asked for when the commit was looked up: a branch or a tag moves, the lock does not."""
     files: Annotated[dict[Annotated[str, Field(pattern=r"^[^/\\]+$")], LockedFile], Field(min_length=1)]
 
     def as_outputs(self) -> dict[str, dict[str, Any]]:
@@ -70,12 +46,12 @@ _Lock = TypeAdapter(dict[str, LockEntry])
 
 
 def digests(job: Job, *, weights: bool) -> dict[str, str]:
-    """Return the sha256 of the base model's files from the lock, all of them or the tokenizer's only."""
+    """Return the sha256 of the base model's files from the lock: all of them, or those that decide on token ids."""
     locked = _read_lock(job).get(job.base_id)
     return {
         name: entry.sha256
         for name, entry in (locked.files if locked else {}).items()
-        if weights or name in ("tokenizer.json", "generation_config.json", "config.json")
+        if weights or name.startswith(_TEXT_FILES)
     }
 
 
@@ -98,171 +74,111 @@ def download(job: Job, *, source: Path | None = None, update_lock: bool = False)
     locked = lock.get(job.base_id)
     if locked is not None and not update_lock:
         _check_revision(job, locked)
-        _refuse_changed_files(job, locked)
+        _finish(job, locked)
+        if _has_changed_files(job, locked):
+            raise _differs(job, f"files in {job.project.name(folder)} differ from")
     if source is None and _may_adopt(job, locked, update_lock=update_lock):
         job.progress.say(f"found weights in {job.project.name(folder)}, adopting them")
-        _check_model(job, folder)
-        _write_lock(job, lock | {job.base_id: LockEntry(source="local", revision=None, files=_files(folder))})
-        return
-    partial = partial_folder(folder)
-    fetched, revision = _fetch(job, partial, source, None if update_lock else locked)
-    _check_model(job, partial)
-    entry = LockEntry(source=fetched, revision=revision, files=_files(partial))
-    if locked is None or update_lock:
-        _write_lock(job, lock | {job.base_id: entry})  # first, so that being killed here does not lose the revision
-    elif entry.files != locked.files:
-        shutil.rmtree(partial)
-        raise _differs(job, "what was fetched differs from")
-    publish(partial, folder)
+        refuse(base_model.folder_problems(job, folder))
+        _write_lock(job, lock | {job.base_id: LockEntry(source="local", revision=None, files=_files(job, folder))})
+    else:
+        partial = partial_folder(folder)
+        entry = _fetch(job, partial, source, None if update_lock else locked)
+        if locked is None or update_lock:
+            _write_lock(job, lock | {job.base_id: entry})  # first: being killed here must not lose the revision
+        elif entry.files != locked.files:
+            shutil.rmtree(partial)
+            raise _differs(job, "what was fetched differs from")
+        publish(partial, folder)
+    if base_model.unused_code(job, folder):
+        job.progress.say("the Python code of its repository is not used: transformers knows this architecture itself")
+
+
+def _finish(job: Job, locked: LockEntry) -> None:
+    """Publish what an ``update_lock`` had fetched and locked when it was killed."""
+    partial = partial_folder(job.base_folder)
+    if _has_changed_files(job, locked) and is_intact(partial, locked.as_outputs(), job.hashes):
+        publish(partial, job.base_folder)
 
 
 def _may_adopt(job: Job, locked: LockEntry | None, *, update_lock: bool) -> bool:
     """Tell whether the files that are there become the base: before any lock, or to replace another one."""
-    if not _is_model(job.base_folder):
+    if not job.base_folder.is_dir() or not base_model.used_files(job, job.base_folder):
         return False
-    return locked is None or (update_lock and not is_intact(job.base_folder, locked.as_outputs(), job.hashes))
+    return locked is None or (update_lock and (locked.source == "local" or _has_changed_files(job, locked)))
 
 
-def _fetch(job: Job, target: Path, source: Path | None, locked: LockEntry | None) -> tuple[Source, str | None]:
-    """Fill ``target``; return what it came from, and the commit if that was the Hub."""
+def _fetch(job: Job, target: Path, source: Path | None, locked: LockEntry | None) -> LockEntry:
+    """Fill ``target`` from where the base model comes from, and return what the lock is to say of it."""
     if source is not None:
-        _copy(job, source, target)
-        return "local", None
+        return _copy(job, source, target, "local")
+    if locked is not None and locked.source == "local":
+        raise _gone(job, locked)
     if job.base_id in BUILTIN_MODELS:
-        _copy(job, BUILTIN_MODELS[job.base_id], target)
-        return "built-in", None
-    return "hub", _fetch_from_hub(job, target, locked)
+        return _copy(job, BUILTIN_MODELS[job.base_id], target, "built-in")
+    requested = job.workflow.input_model.load_kwargs.revision
+    if locked is None:
+        commit, known = hub.fetch(job, target, requested)
+        return LockEntry(source="hub", revision=commit, requested=requested, files=_files(job, target, known))
+    expected = tuple(hub.HubFile(name, entry.size, entry.sha256) for name, entry in locked.files.items())
+    _, known = hub.fetch(job, target, locked.revision, expected)
+    return locked.model_copy(update={"files": _files(job, target, known)})
 
 
-def _copy(job: Job, source: Path, target: Path) -> None:
-    """Copy the files that are used. Raises EdgetuneError when ``source`` is no model folder."""
+def _copy(job: Job, source: Path, target: Path, kind: Source) -> LockEntry:
+    """Copy the files that are used. Raises EdgetuneError when the later steps cannot use them."""
     if not source.is_dir():
         raise failure(f"{source} is not a folder", hint="`--from` takes the folder that holds config.json")
+    if source.resolve().is_relative_to(target.resolve()):
+        raise failure(f"{source} is where downloads are prepared", hint="move it elsewhere, then use `--from` again")
+    paths = base_model.used_files(job, source)
+    done, total = 0, sum(path.stat().st_size for path in paths)
     shutil.rmtree(target, ignore_errors=True)
+    refuse(base_model.folder_problems(job, source) + base_model.space_problems(job, total))
     target.mkdir(parents=True)
-    paths = _used_paths(source)
-    for number, path in enumerate(paths, start=1):
-        shutil.copyfile(path, target / path.name)
-        job.progress.advance(number, len(paths), path.name)
-
-
-def _fetch_from_hub(job: Job, target: Path, locked: LockEntry | None) -> str:
-    """Fetch one commit of a Hub repository and return it; finished files of an earlier try are kept."""
-    _load_dotenv(job.project.dotenv)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import huggingface_hub
-
-    target.mkdir(parents=True, exist_ok=True)
-    revision = locked.revision if locked else job.workflow.input_model.load_kwargs.revision
-    try:
-        info = huggingface_hub.HfApi().model_info(job.base_id, revision=revision)
-        job.progress.say(f"fetching {job.base_id} at {str(info.sha)[:12]} from the Hub", revision=info.sha)
-        huggingface_hub.snapshot_download(
-            job.base_id,
-            revision=info.sha,
-            local_dir=target,
-            allow_patterns=list(USED_FILES),
-            ignore_patterns=list(UNUSED_FILES),
-        )
-    except Exception as error:
-        raise _hub_problem(job, error) from error
-    shutil.rmtree(target / _CLIENT_FOLDER, ignore_errors=True)
-    of_this_commit = {sibling.rfilename for sibling in info.siblings or ()}
-    for path in target.iterdir():  # an earlier try may have been for another commit
-        if path.name not in of_this_commit:
-            path.unlink()
-    return str(info.sha)
-
-
-def _used_paths(folder: Path) -> list[Path]:
-    """Return the files of a model folder that a run can use."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and any(fnmatch(path.name, pattern) for pattern in USED_FILES)
-        and not any(fnmatch(path.name, pattern) for pattern in UNUSED_FILES)
-    ]
-
-
-def _hub_problem(job: Job, error: Exception) -> Exception:
-    """Translate the Hub client's errors into a sentence and a remedy; others stay what they are."""
-    import httpx2
-    from huggingface_hub import errors
-
-    where, model = job.workflow.where("input_model", "model_path"), job.base_id
-    page = f"https://huggingface.co/{model}"
-    if isinstance(error, errors.GatedRepoError):
-        hint = f"accept the terms on {page}, then put HF_TOKEN=… into .env or run `hf auth login`"
-        return failure(f"{model} is gated: its owner asks for consent first", where=where, hint=hint)
-    if isinstance(error, errors.RevisionNotFoundError):
-        hint = "take a revision from the model's page, or remove load_kwargs.revision"
-        return failure(f"{model} has no such revision", where=where, hint=hint)
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        hint = "check input_model.model_path; for a private model put HF_TOKEN=… into .env"
-        return failure(f"{model} was not found on the Hub", where=where, hint=hint)
-    unreachable = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, ConnectionError)
-    if isinstance(error, unreachable):
-        hint = (
-            f"run again when online (finished files are kept), set HF_ENDPOINT to a mirror, or copy the model with "
-            f"`edgetune download --from FOLDER`; the base model is missing in {job.project.name(job.base_folder)}"
-        )
-        return failure(f"the Hub could not be reached for {model}: {error}".split("\n")[0], where=where, hint=hint)
-    return error
-
-
-def _load_dotenv(path: Path) -> None:
-    """Take HF_* variables from ``.env`` unless the environment has them already."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        name, separator, value = line.strip().removeprefix("export ").partition("=")
-        if separator and name.strip().startswith("HF_"):
-            os.environ.setdefault(name.strip(), value.strip().strip("'\""))
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _check_model(job: Job, folder: Path) -> None:
-    """Raise EdgetuneError unless ``folder`` holds all that the later steps need, of a kind they can use."""
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
-        missing.append("weights as *.safetensors")
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        missing += [name for name in sorted(shards) if not (folder / name).is_file()]
-    where = job.workflow.where("input_model", "model_path")
-    hint = "choose a model that ships safetensors weights and tokenizer.json (pickle files are never loaded)"
-    if missing:
-        raise EdgetuneError([Problem(f"{job.base_id} has no {name}", where, hint) for name in missing])
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise failure(f"the config.json of {job.base_id} names no model_type", where=where, hint=hint) from None
-    if kind in UNEXPORTABLE:
-        raise failure(f"{job.base_id} ({kind}) {UNEXPORTABLE[kind]}", where=where, hint="choose another base model")
+    job.progress.transfer(0, total)
+    for path in paths:
+        with path.open("rb") as file, (target / path.name).open("wb") as copy:
+            while chunk := file.read(_CHUNK):
+                copy.write(chunk)
+                done += len(chunk)
+                job.progress.transfer(done, total)
+    return LockEntry(source=kind, revision=None, files=_files(job, target))
 
 
 def _check_revision(job: Job, locked: LockEntry) -> None:
-    """Raise EdgetuneError when the workflow file asks for another commit than the locked one."""
-    wanted = job.workflow.input_model.load_kwargs.revision
-    if wanted is not None and locked.source == "hub" and wanted != locked.revision:
+    """Raise EdgetuneError when the workflow file asks for another commit than the locked one, or for more of it."""
+    wanted, hint = job.workflow.input_model.load_kwargs.revision, "move on with `edgetune download --update-lock`"
+    if locked.source == "hub" and wanted not in (None, locked.revision, locked.requested):
         raise failure(
             f"the revision {wanted!r} is not the locked one, {locked.revision!r}",
             where=job.workflow.where("input_model", "load_kwargs", "revision"),
-            hint="move on with `edgetune download --update-lock`, or write the locked revision",
+            hint=f"{hint}, or write the locked revision",
+        )
+    has_code = any(name.endswith(".py") for name in locked.files)
+    if base_model.trusts_code(job) and base_model.read_config(job.base_folder).get("auto_map") and not has_code:
+        raise failure(
+            f"{job.base_id} was locked without its Python code",
+            where=job.workflow.where("input_model", "load_kwargs", "trust_remote_code"),
+            hint=f"read that code, then {hint}",
         )
 
 
-def _refuse_changed_files(job: Job, locked: LockEntry) -> None:
-    """Raise EdgetuneError when a file that is there is not the locked one."""
+def _has_changed_files(job: Job, locked: LockEntry) -> bool:
+    """Tell whether a file that is there is not the locked one."""
     files = locked.as_outputs()
     present = {name: entry for name, entry in files.items() if (job.base_folder / name).is_file()}
-    if not is_intact(job.base_folder, present, job.hashes):
-        raise _differs(job, f"files in {job.project.name(job.base_folder)} differ from")
+    return not is_intact(job.base_folder, present, job.hashes)
+
+
+def _gone(job: Job, locked: LockEntry) -> EdgetuneError:
+    missing = ", ".join(name for name in locked.files if not (job.base_folder / name).is_file())
+    return failure(
+        f"{job.base_id} is locked to weights from a local folder, and of these {missing} is not there any more",
+        where=job.project.name(job.project.lock),
+        hint=f"put them into {job.project.name(job.base_folder)} again with `edgetune download --from FOLDER`, "
+        "or leave them for the published ones with `edgetune download --update-lock`",
+    )
 
 
 def _differs(job: Job, what: str) -> EdgetuneError:
@@ -275,8 +191,12 @@ def _differs(job: Job, what: str) -> EdgetuneError:
     )
 
 
-def _files(folder: Path) -> dict[str, LockedFile]:
-    return {path.name: LockedFile(size=path.stat().st_size, sha256=sha256(path)) for path in _used_paths(folder)}
+def _files(job: Job, folder: Path, known: dict[str, str] | None = None) -> dict[str, LockedFile]:
+    """Describe the files of a base model; ``known`` are sha256 that need not be computed again."""
+    return {
+        path.name: LockedFile(size=path.stat().st_size, sha256=(known or {}).get(path.name) or sha256(path))
+        for path in base_model.used_files(job, folder)
+    }
 
 
 def _read_lock(job: Job) -> dict[str, LockEntry]:

@@ -28,6 +28,12 @@ def failure(message: str, *, where: str = "", hint: str = "") -> EdgetuneError:
     return EdgetuneError([Problem(message, where, hint)])
 
 
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise EdgetuneError when there are problems."""
+    if found := tuple(problems):
+        raise EdgetuneError(found)
+
+
 def missing_extra(extra: str, cause: ImportError) -> EdgetuneError:
     """Make the error for a package that only an extra of edgetune brings in."""
     return failure(

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.filesize import decimal, pick_unit_and_suffix
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -39,6 +41,7 @@ class Progress:
         self.stage = ""
         self._bar: Bar | None = None
         self._last_plain = 0.0
+        self._transfer_start: tuple[float, int] | None = None
         self._libraries = _LibraryOutput()
 
     def say(self, text: str, **fields: Any) -> None:
@@ -57,18 +60,37 @@ class Progress:
         """Report how far the current stage is; called as often as convenient."""
         if self.live:
             self._move_bar(done, total, text)
-        now = time.monotonic()
-        if now - self._last_plain < _PLAIN_INTERVAL and done < total:
+        if not self._is_due(time.monotonic(), finished=done >= total):
             return
-        self._last_plain = now
         self._event("progress", done=done, total=total, text=text)
         if not self.live:
             self._write(f"{self.stage:<9} {done:g}/{total:g}  {text}".rstrip())
 
+    def transfer(self, done: int, total: int) -> None:
+        """Report how many bytes are there; the first report of a stage says how many were there before it."""
+        now = time.monotonic()
+        since, before = self._transfer_start = self._transfer_start or (now, done)
+        if self.live:
+            self._move_bar(done, total, "", in_bytes=True)
+        if not self._is_due(now, finished=done == total):
+            return
+        rate = round((done - before) / max(now - since, 0.001))
+        self._event("progress", done=done, total=total, unit="B", rate=rate)
+        if not self.live:
+            self._write(f"{self.stage:<9} {_bytes(done, total)}  {decimal(rate, precision=0)}/s")
+
+    def _is_due(self, now: float, *, finished: bool) -> bool:
+        """Tell whether it is time for a line: some seconds after the last one, and at the end."""
+        if now - self._last_plain < _PLAIN_INTERVAL and not finished:
+            return False
+        self._last_plain = now
+        return True
+
     @contextmanager
     def running(self, stage: str, log: Path) -> Iterator[None]:
         """Name the current stage and keep what libraries print meanwhile in ``log``."""
-        self.stage, self._last_plain, started = stage, time.monotonic(), time.monotonic()
+        self.stage, self._transfer_start = stage, None
+        self._last_plain = started = time.monotonic()
         self._event("start")
         log.parent.mkdir(parents=True, exist_ok=True)
         output = self._libraries
@@ -102,31 +124,43 @@ class Progress:
             self.stream.write(line + "\n")
             self.stream.flush()
 
-    def _move_bar(self, done: float, total: float, text: str) -> None:
+    def _move_bar(self, done: float, total: float, text: str, *, in_bytes: bool = False) -> None:
         if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Bar(
-                *columns,
-                TextColumn("{task.fields[text]}"),
-                console=Console(file=self.stream),
-                transient=True,
-                redirect_stdout=False,  # what libraries print goes to the stage's log
-                redirect_stderr=False,
-            )
+            self._bar = self._new_bar(in_bytes=in_bytes)
             self._bar.start()
-            self._bar.add_task(f"{self.stage:<9}", total=total, text=text)
+            self._bar.add_task(f"{self.stage:<9}", completed=int(done), total=total, text=text)
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
+
+    def _new_bar(self, *, in_bytes: bool) -> "Bar":
+        from rich import progress
+        from rich.console import Console
+
+        amount = (
+            (progress.DownloadColumn(), progress.TransferSpeedColumn())
+            if in_bytes
+            else (progress.MofNCompleteColumn(),)
+        )
+        return progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            *amount,
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[text]}"),
+            console=Console(file=self.stream),
+            transient=True,
+            redirect_stdout=False,  # what libraries print goes to the stage's log
+            redirect_stderr=False,
+        )
 
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _bytes(done: int, total: int) -> str:
+    """Return both numbers in the unit of the second, or the first alone when the second is not known."""
+    if done > total:
+        return decimal(done)
+    unit, suffix = pick_unit_and_suffix(total, ["bytes", "kB", "MB", "GB", "TB"], 1000)
+    return f"{done / unit:.1f}/{total / unit:.1f} {suffix}"
