@@ -7,7 +7,7 @@ BIN := .venv/bin
 PINS := src/edgetune/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint examples
+.PHONY: help setup demo test test-slow lint bench examples
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ lint: setup ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+bench: setup ## Print speed and memory as ratios against a peer
+	$(BIN)/python tests/benchmarks/data.py
 
 examples: setup ## Render examples/ anew
 	rm -rf examples/tone-lora

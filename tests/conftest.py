@@ -91,9 +91,9 @@ def render(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sandbox]:
 
 
 @pytest.fixture(scope="session")
-def tuned(render: Callable[..., Sandbox]) -> Sandbox:
-    """Render the default project and fine-tune it once with its own make target. Not to be changed by tests."""
-    sandbox = render()
+def tuned(rendered: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
+    """Fine-tune the default project once with its own make target. Not to be changed by tests."""
+    sandbox = Sandbox(shutil.copytree(rendered.root, tmp_path_factory.mktemp("a space") / "my-slm"))
     result = sandbox.make("finetune")
     assert result.returncode == 0, result.stderr
     return sandbox
@@ -105,7 +105,13 @@ def project(tuned: Sandbox, tmp_path: Path) -> Sandbox:
     return Sandbox(shutil.copytree(tuned.root, tmp_path / "my slm"))
 
 
-@pytest.fixture
-def fresh(render: Callable[..., Sandbox]) -> Sandbox:
-    """Render the default project; nothing has been run in it."""
+@pytest.fixture(scope="session")
+def rendered(render: Callable[..., Sandbox]) -> Sandbox:
+    """Render the default project. Not to be changed by tests."""
     return render()
+
+
+@pytest.fixture
+def fresh(rendered: Sandbox, tmp_path: Path) -> Sandbox:
+    """Copy the default project, to be changed at will; nothing has been run in it."""
+    return Sandbox(shutil.copytree(rendered.root, tmp_path / "a space" / "my-slm"))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from edgetune import config, schema
+from edgetune import config, data_schema, schema
 from edgetune.source import JsonSource
 
 JSON = st.recursive(
@@ -77,10 +77,11 @@ def test_data_keys_are_olives_own() -> None:
     """The keys of a data config are those Olive reads, with its defaults where the native engine has one."""
     from olive.data.component.text_generation import TextGenParams
 
-    for name, field in schema.PreProcess.model_fields.items():
+    for name, field in data_schema.PreProcess.model_fields.items():
         assert name in TextGenParams.model_fields
         if not field.is_required():
-            assert field.default == TextGenParams.model_fields[name].default, name
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert default == TextGenParams.model_fields[name].default, name
 
 
 SLICES = ["train", "train[:{a}]", "train[{a}:]", "train[{a}%:]", "train[:{b}%]", "train[{a}%:{b}%]"]
@@ -91,15 +92,16 @@ def test_slices_are_those_of_datasets(count: int, split: str, a: int, b: int) ->
     """A split takes the rows that the library ``datasets`` takes, percentages included."""
     from datasets import ReadInstruction
 
-    from edgetune.dataset import Row, take_split
+    from edgetune.row import Place, Row
+    from edgetune.rows import take_split
 
     text = split.format(a=min(a, b), b=max(a, b))
-    rows = [Row(number, "") for number in range(count)]
+    rows = [Row(number, Place("", number)) for number in range(count)]
     try:
         [part] = ReadInstruction.from_spec(text).to_absolute({"train": count})
     except ValueError:  # beyond the end: datasets refuses what a Python slice cuts off
         return
-    assert [row.values for row in take_split(rows, text)] == list(range(part.from_, part.to))
+    assert [row.values for row in take_split(iter(rows), text, lambda: count)] == list(range(part.from_, part.to))
 
 
 def test_document_that_is_no_workflow(tmp_path: Path) -> None:

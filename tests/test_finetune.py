@@ -222,6 +222,7 @@ def test_killed_training_continues_to_the_same_adapter(project: Sandbox) -> None
     assert not (project.root / "gen-model/adapter/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_half_written_checkpoint_is_skipped(project: Sandbox) -> None:
     """A checkpoint with a truncated file is passed over for the one before it."""
     shorten(project, 14)

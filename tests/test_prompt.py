@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgetune.contract import Template
 from edgetune.project import BUILTIN_MODELS
-from edgetune.prompt import Encoder, Template
+from edgetune.prompt import Encoder
 
 MODEL = BUILTIN_MODELS["edgetune/tiny-phi3"]
 PHI3 = "<|user|>\n{question}<|end|>\n<|assistant|>\n{best answer}<|end|>"
@@ -48,19 +49,20 @@ def test_training_ids_start_with_the_ids_given_at_inference(question: str, answe
     encoder = Encoder(Template.parse(PHI3), MODEL)
     row = {"question": question, "best answer": answer}
 
-    [sample] = encoder.encode([row])
+    [[sample]] = encoder.encode([row])
 
-    assert sample.ids[: sample.prompt_length] == encoder.texts_to_ids([encoder.template.prompt_text(row)])[0]
-    text = encoder.template.prompt_text(row) + encoder.template.completion_text(row)
+    assert sample.ids[: sample.prompt_length] == encoder.prompt_ids(row)
+    template = Template.parse(PHI3)
+    text = template.prompt_text(row) + template.completion_text(row)
     assert encoder.tokenizer.decode(sample.ids, skip_special_tokens=False) == text
-    assert encoder.ends(sample)
+    assert sample.ids[-1] in encoder.end_ids
 
 
 def test_white_space_behind_the_end_token_is_not_trained_on() -> None:
     """The completion ends with the end token even if the template goes on with a newline."""
     encoder = Encoder(Template.parse(PHI3 + "\n"), MODEL)
 
-    [sample] = encoder.encode([{"question": "a", "best answer": "b"}])
+    [[sample]] = encoder.encode([{"question": "a", "best answer": "b"}])
 
     assert sample.ids[-1] == encoder.tokenizer.token_to_id("<|end|>")
 
@@ -69,10 +71,17 @@ def test_missing_end_token_is_noticed() -> None:
     """Without an end token in the template the sample does not end, and the right tokens are named."""
     encoder = Encoder(Template.parse(PHI3.removesuffix("<|end|>")), MODEL)
 
-    [sample] = encoder.encode([{"question": "a", "best answer": "b"}])
+    fault, hint = encoder.format_fault()
 
-    assert not encoder.ends(sample)
-    assert "<|end|>" in encoder.end_tokens()
+    assert fault == "completions do not end with a token that stops the model"
+    assert "<|end|>" in hint
+
+
+def test_text_behind_the_end_token_is_noticed() -> None:
+    """A template that goes on behind the end token would teach what the model never gets to say."""
+    encoder = Encoder(Template.parse(PHI3 + " Thanks."), MODEL)
+
+    assert encoder.format_fault()[0] == "the answer goes on behind <|end|>, where the model stops"
 
 
 def test_model_folder_tells_its_end_tokens(tmp_path: Path) -> None:

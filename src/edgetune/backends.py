@@ -27,15 +27,14 @@ class Answer:
 
 
 class Backend(Protocol):
-    """Continues prompts; their text carries every special token, nothing is added."""
+    """Continues prompts."""
 
     max_length: int
     """Most tokens of prompt and answer together."""
 
-    def count_tokens(self, prompt: str) -> int:
-        """Return the length of a prompt in tokens."""
-
-    def answer(self, prompt: str, *, max_new_tokens: int | None, on_text: Callable[[str], None] | None) -> Answer:
+    def answer(
+        self, prompt_ids: list[int], *, max_new_tokens: int | None, on_text: Callable[[str], None] | None
+    ) -> Answer:
         """Generate greedily until an end token or a limit; ``on_text`` gets the pieces as they come."""
 
 
@@ -64,15 +63,12 @@ class OnnxBackend:
         self._end_ids = exported_end_ids(config)
         self.max_length = int(config["search"]["max_length"])
 
-    def count_tokens(self, prompt: str) -> int:
-        """Return the length of a prompt in tokens."""
-        return len(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
-
-    def answer(self, prompt: str, *, max_new_tokens: int | None, on_text: Callable[[str], None] | None) -> Answer:
+    def answer(
+        self, prompt_ids: list[int], *, max_new_tokens: int | None, on_text: Callable[[str], None] | None
+    ) -> Answer:
         """Generate one answer; the prompt must have fewer than ``max_length`` tokens."""
         from tokenizers.decoders import DecodeStream
 
-        prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         started = time.monotonic()
         length = self.max_length if max_new_tokens is None else len(prompt_ids) + max_new_tokens
         parameters = self._og.GeneratorParams(self._model)

@@ -1,6 +1,7 @@
 """The commands. One function each; the only place that prints results and errors and sets exit codes."""
 
 import argparse
+import codecs
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ def _run_steps(arguments: argparse.Namespace, last: str, **options: Any) -> "Job
     from edgetune import workflow
 
     job = _start(arguments)
+    job.max_bad = getattr(arguments, "max_bad", None)
     workflow.run(job, last, **options)
     return job
 
@@ -47,14 +50,57 @@ def download(arguments: argparse.Namespace) -> None:
 
 
 def data(arguments: argparse.Namespace) -> None:
-    """Check and tokenise the datasets, and show how a row is trained on."""
-    from edgetune import dataset
+    """Check and tokenise the datasets, and show what is trained on."""
+    from edgetune import dataset, preview
 
-    job = _run_steps(arguments, "data")
-    for role, counts in dataset.counts(job).items():
-        print(f"{role:<11} {counts['rows']:,} rows, {counts['tokens']:,} tokens, longest row {counts['longest']}")
-    for name, text in dataset.first_sample(job).items():
-        print(f"{name:<11} {json.dumps(text, ensure_ascii=False)}")
+    try:
+        if arguments.write_split:
+            _write_split(arguments)
+        job = _run_steps(arguments, "data")
+        found = dataset.metrics(job)
+    except EdgetuneError as error:
+        if arguments.json:
+            print(_json({"problems": [vars(problem) for problem in error.problems]}))
+        raise
+    samples = preview.samples(job, arguments.show)
+    if arguments.json:
+        print(_json(found | {"problems": [], "samples": samples}))
+        return
+    for warning in found["warnings"]:
+        _tell(f"warning: {warning['where']}: {warning['message']}\nhint: {warning['hint']}")
+    for line in preview.summary(found, bar="█" if _encoding() == "utf-8" else "#"):
+        print(line)
+    _show(samples)
+
+
+def _show(samples: list[Any]) -> None:
+    from edgetune import preview
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    write: Callable[[Any], None] = print
+    if colour:
+        from rich.console import Console
+
+        write = partial(Console().print, soft_wrap=True)
+    show = preview.coloured if colour else preview.bracketed
+    if samples:
+        print("\nsamples as they are trained on, in these marks:", end=" ")
+        write(show(preview.LEGEND))
+    for number, tokens in enumerate(samples, start=1):
+        print(f"\n{number}. {len(tokens)} tokens, {sum(token['learned'] for token in tokens)} of them learned")
+        write(show(tokens))
+
+
+def _write_split(arguments: argparse.Namespace) -> None:
+    from edgetune.split import write_split
+
+    job = _start(arguments)
+    job.max_bad = arguments.max_bad
+    counts = write_split(job, arguments.write_split)
+    total = sum(counts.values())
+    for role, count in counts.items():
+        _tell(f"{job.project.name(job.project.split_file(role))}: {count:,} rows, {count / total:.0%}")
+    _tell(f"{job.project.name(job.project.config)} points there")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -87,6 +133,7 @@ def infer(arguments: argparse.Namespace) -> None:
     """Ask the exported model: texts, or a JSONL file of rows."""
     from edgetune import infer as asking
     from edgetune import workflow as steps
+    from edgetune.prompt import Encoder
 
     if bool(arguments.text) == bool(arguments.prompts):
         raise failure(
@@ -102,16 +149,17 @@ def infer(arguments: argparse.Namespace) -> None:
     else:
         rows = asking.rows_from_texts(workflow, arguments.text)
     backend = asking.open_backend(project)
+    encoder = Encoder(workflow.contract, project.stage_folder("export"))
     if stale := steps.stale(job):
         _tell(f"warning: the exported model is older than the project ({stale}); `edgetune finetune` renews it")
     stream = _write if sys.stdout.isatty() and arguments.text and not arguments.json else None
     started, records = time.monotonic(), []
-    for row, answer in asking.answers(workflow, backend, rows, max_new_tokens=arguments.max_new_tokens, on_text=stream):
+    for row, answer in asking.answers(encoder, backend, rows, max_new_tokens=arguments.max_new_tokens, on_text=stream):
         records.append(asking.as_record(row, answer))
         if arguments.json:
-            print(json.dumps(records[-1], ensure_ascii=False), flush=True)
+            print(_json(records[-1], indent=None), flush=True)
         elif arguments.prompts:
-            print(" | ".join(row[c] for c in workflow.template.prompt_columns), "→", answer.text, flush=True)
+            print(workflow.contract.shown(row), "→", answer.text, flush=True)
         else:
             print("" if stream else answer.text, flush=True)
     said = asking.summary(records, time.monotonic() - started)
@@ -128,7 +176,7 @@ def status(arguments: argparse.Namespace) -> None:
 
     states = workflow.status(_start(arguments))
     if arguments.json:
-        print(json.dumps([vars(state) for state in states], indent=2, ensure_ascii=False))
+        print(_json([vars(state) for state in states]))
         return
     for state in states:
         print(f"{state.step:<9} {state.state:<12} {state.folder:<32} {state.detail}".rstrip())
@@ -167,9 +215,18 @@ def _parser() -> argparse.ArgumentParser:
     get = command(download)
     get.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="copy the base model from a folder")
     get.add_argument("--update-lock", action="store_true", help="accept other bytes than the locked ones")
-    for step in (data, train, merge, export):
-        command(step)
-    command(finetune).add_argument(
+    check = command(data)
+    check.add_argument(
+        "--show", type=_count, default=1, metavar="N", help="print N samples token by token (default: 1)"
+    )
+    check.add_argument(
+        "--write-split", type=_share, metavar="SHARE", help="set a share of all rows aside for evaluation, such as 0.1"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON")
+    tune = command(finetune)
+    for step in (check, tune, *map(command, (train, merge, export))):
+        step.add_argument("--max-bad", type=_count, metavar="N", help="leave out up to N rows that are bad")
+    tune.add_argument(
         "--engine",
         choices=("native", "olive"),
         default="native",
@@ -186,11 +243,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, such as 0.1 for a tenth")
     return value
+
+
+def _json(content: Any, indent: int | None = 2) -> str:
+    """Write JSON that stays JSON on an output of another encoding than UTF-8."""
+    return json.dumps(content, indent=indent, ensure_ascii=_encoding() != "utf-8")
+
+
+def _encoding() -> str:
+    return codecs.lookup(sys.stdout.encoding or "ascii").name
 
 
 def _report(problems: tuple[Problem, ...]) -> None:

@@ -2,23 +2,22 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from edgetune.data_schema import DataConfig, LoadDataset, PreProcess, WrongKeyError
 from edgetune.errors import EdgetuneError, Problem
 from edgetune.project import Project
 from edgetune.schema import (
     Accelerator,
-    DataConfig,
     InputModel,
-    LoadDataset,
     LoadKwargs,
     LoRA,
     MergeAdapterWeights,
     ModelBuilder,
-    PreProcess,
     System,
     TrainingArguments,
     Workflow,
@@ -53,16 +52,25 @@ _RENAMED = {
 }
 """Keys of older Olive and transformers versions, which today's Olive ignores without an error."""
 
+_SECRETS = {
+    "a token of the Hugging Face Hub": re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
+    "a token of GitHub": re.compile(r"\b(gh[a-z]_|github_pat_)[A-Za-z0-9_]{20,}"),
+    "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
+    "a key of an Azure storage account": re.compile(r"AccountKey=|SharedAccessSignature=|[?&]sig="),
+    "a URL with a password": re.compile(r"://[^/@:\"]+:[^/@\"]+@"),
+}
+"""What must not stand in a file that is committed."""
+
 _OLIVE = "run with `--engine olive`"
 _README = "fine-tuning/README.md explains the keys"
 
 
-def load(project: Project) -> Workflow:
-    """Read and check the project's workflow file.
+def load(project: Project, path: Path | None = None) -> Workflow:
+    """Read and check the project's workflow file, or the one at ``path`` as if it were that.
 
     Raises EdgetuneError with every problem of the file, each with its line.
     """
-    source = JsonSource(project.config, project.name(project.config))
+    source = _source(project, path)
     problems = source.duplicate_problems()
     try:
         workflow = Workflow.model_validate(source.data).located(source)
@@ -82,18 +90,34 @@ def load_for_olive(project: Project) -> Workflow:
 
     Raises EdgetuneError when the file is no JSON object.
     """
-    source = JsonSource(project.config, project.name(project.config))
+    source = _source(project)
     if not isinstance(source.data, dict):
         raise EdgetuneError([Problem("not a JSON object", source.where())])
     model = source.data.get("input_model")
     model = model if isinstance(model, dict) else {}
     kwargs = model.get("load_kwargs")
-    revision = kwargs.get("revision") if isinstance(kwargs, dict) else None
+    kwargs = kwargs if isinstance(kwargs, dict) else {}
+    given = {key: kwargs[key] for key in LoadKwargs.model_fields if key in kwargs}
     base = InputModel.model_construct(
-        model_path=str(model.get("model_path", "")), load_kwargs=LoadKwargs.model_construct(revision=revision)
+        model_path=str(model.get("model_path", "")), load_kwargs=LoadKwargs.model_construct(**given)
     )
     cache, output = (str(source.data.get(key, "")) for key in ("cache_dir", "output_dir"))
     return Workflow.model_construct(input_model=base, cache_dir=cache, output_dir=output).located(source)
+
+
+def _source(project: Project, path: Path | None = None) -> JsonSource:
+    """Read the file. Raises EdgetuneError when it is no JSON, or holds a secret: it goes into version control."""
+    source = JsonSource(path or project.config, project.name(project.config))
+    hint = "revoke it and make a new one; it belongs into .env (HF_TOKEN=…) or the environment"
+    problems = [
+        Problem(f"this looks like {kind}", source.where(*location), hint)
+        for location, (start, end) in source.spans.items()
+        for kind, pattern in _SECRETS.items()
+        if source.text[start] == '"' and pattern.search(source.text[start:end])
+    ]
+    if problems:
+        raise EdgetuneError(problems)
+    return source
 
 
 def _explain(error: Any, source: JsonSource) -> Problem:
@@ -117,6 +141,9 @@ def _explain(error: Any, source: JsonSource) -> Problem:
         tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         return Problem(f"the native engine has no pass of type {tag!r}", where, f"it has {known}; else {_OLIVE}")
     message = error["msg"].removeprefix("Value error, ")
+    if isinstance(cause := error.get("ctx", {}).get("error"), WrongKeyError):
+        path = (*path, cause.key)
+        where = source.where(*path)
     return Problem(f"{'.'.join(map(str, path))}: {message[0].lower()}{message[1:]}", where, _README)
 
 
@@ -134,7 +161,12 @@ def _check_references(workflow: Workflow) -> list[Problem]:
         ("train_data_config", lora.train_data_config, names, workflow.where_in_pass("LoRA", "train_data_config")),
         ("eval_data_config", lora.eval_data_config, names, workflow.where_in_pass("LoRA", "eval_data_config")),
     ]
-    return [
+    repeated = [
+        Problem(f"two data sets are called {data.name!r}", workflow.where("data_configs", index, "name"), "rename one")
+        for index, data in enumerate(workflow.data_configs)
+        if data.name in names[:index]
+    ]
+    return repeated + [
         Problem(f"{key} names {name!r}, which is not defined", where, f"defined are: {', '.join(defined)}")
         for key, name, defined, where in used
         if name is not None and name not in defined
@@ -149,8 +181,8 @@ def _check_meaning(workflow: Workflow, project: Project) -> list[Problem]:
         hint = "use the id of a model on the Hub below ../model-cache/"
         problems.append(Problem(message, workflow.where("input_model", "model_path"), hint))
     evaluation = workflow.eval_data
-    if evaluation and evaluation.template != workflow.template:
-        where = workflow.where_in_data(evaluation, "pre_process_data_config", "text_template")
+    if evaluation and evaluation.contract != workflow.contract:
+        where = workflow.where_contract(evaluation)
         problems.append(Problem("training and evaluation data have different templates", where, "make them equal"))
     return problems
 

@@ -1,285 +1,355 @@
-"""Read, check and tokenise the data sets: ``datasets/`` → ``gen-model/data/``.
+"""Check and tokenise the data sets: ``datasets/`` → ``gen-model/data/``.
 
-Rows are read here rather than by ``datasets`` because a reader that stops at the first bad row cannot tell
-all that is wrong. Token ids are kept as flat binary arrays, which training maps into memory.
+Rows are read twice: once to check them, which needs no base model, and once to tokenise those that can be
+learned from. Neither holds more than a batch of them. Token ids are kept as flat binary arrays, which training
+maps into memory.
 """
 
-import csv
-import io
+import json
 import mmap
-import os
-import re
+import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+from edgetune.contract import Conversation
+from edgetune.data_schema import DataConfig, LoadDataset
 from edgetune.download import digests
-from edgetune.errors import EdgetuneError, Problem
-from edgetune.prompt import Encoder, Sample, load_tokenizer
-from edgetune.schema import DataConfig
-from edgetune.source import JsonSource, parse
+from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune.hub import load_dotenv
+from edgetune.prompt import Encoder, Sample
+from edgetune.row import Row
+from edgetune.rows import files_of, hub_commit, read, read_all
 from edgetune.stages import Job, Stage, read_manifest
+from edgetune.survey import Survey, survey, together
 
 _BATCH_ROWS = 4096
+_BINS = 10
 
 _IDS: Literal["I"] = "I"  # uint32 token ids
-_MARKS: Literal["Q"] = "Q"  # uint64 positions in them
+_ENDS: Literal["Q"] = "Q"  # uint64, one for each sample: where the next one starts
 
-
-@dataclass(frozen=True)
-class Row:
-    """A row and where it stands."""
-
-    values: Any
-    where: str
+TRAIN, EVAL = "train", "eval"
 
 
 class Tokens(Sequence[Sample]):
-    """Tokenised rows in two flat files: all ids, and per row where its completion starts and where it ends."""
+    """Tokenised samples in flat files."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.ids = _map(folder / f"{name}.ids", _IDS)
-        self.marks = _map(folder / f"{name}.marks", _MARKS)
+        self.ids = _map(folder / f"{name}.ids").cast(_IDS)
+        self.learned = _map(folder / f"{name}.learned")  # a byte for each token: 1 in completions
+        self.ends = _map(folder / f"{name}.ends").cast(_ENDS)
 
     def __len__(self) -> int:
-        return len(self.marks) // 2
+        return len(self.ends)
 
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = self.marks[2 * index - 1] if index else 0
-        completion, end = self.marks[2 * index], self.marks[2 * index + 1]
-        return Sample(self.ids[start:end].tolist(), completion - start)
+        part = slice(self.ends[index - 1] if index else 0, self.ends[index])
+        return Sample(self.ids[part].tolist(), self.learned[part].tobytes())
 
 
-def _map(path: Path, code: Literal["I", "Q"]) -> "memoryview[int]":
+def _map(path: Path) -> "memoryview[int]":
     with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast(code)
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def data_sets(job: Job) -> dict[str, DataConfig]:
     """Return the data sets of the workflow by their role."""
     workflow = job.workflow
-    return {"train": workflow.train_data} | ({"eval": workflow.eval_data} if workflow.eval_data else {})
+    return {TRAIN: workflow.train_data} | ({EVAL: workflow.eval_data} if workflow.eval_data else {})
 
 
-def data_files(job: Job, config: DataConfig) -> list[Path]:
-    """Return the files of a data set, which paths relative to the workflow file name."""
-    folder = job.project.config_folder
-    return [Path(os.path.normpath(folder / name)) for name in config.load_dataset_config.data_files]
+def rows_of(job: Job, config: DataConfig) -> Iterator[Row]:
+    """Yield the rows of a data set. Raises EdgetuneError when the Hub does not give them."""
+    return _from_hub(job, config, lambda: read(config, job.project.config_folder, job.project.name))
+
+
+def all_rows(job: Job) -> Iterator[Row]:
+    """Yield every row of the files that the data sets take from. Raises EdgetuneError as :func:`rows_of`."""
+    configs = data_sets(job).values()
+    rows = read_all(configs, job.project.config_folder, job.project.name)
+    return _from_hub(job, job.workflow.train_data, lambda: rows)
+
+
+def _from_hub(job: Job, config: DataConfig, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    load_dotenv(job.project.dotenv)
+    try:
+        yield from rows()
+    except EdgetuneError as error:
+        where = job.workflow.where_in_data(config, "load_dataset_config", "data_name")
+        raise EdgetuneError(replace(problem, where=problem.where or where) for problem in error.problems) from error
 
 
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the token ids depend on. Raises EdgetuneError when a data file is missing."""
+    files = {
+        role: files_of(config.load_dataset_config, job.project.config_folder) for role, config in data_sets(job).items()
+    }
     problems = [
         Problem(
-            f"the data file {job.project.name(path)} does not exist",
+            f"the data file {job.project.name(path)} {'is a folder' if path.is_dir() else 'does not exist'}",
             job.workflow.where_in_data(config, "load_dataset_config", "data_files"),
-            f"put it there, or correct data_files of {config.name!r}",
+            "name its files, or a pattern such as folder/*.jsonl"
+            if path.is_dir()
+            else f"put it there, or correct data_files of {config.name!r}",
         )
-        for config in data_sets(job).values()
-        for path in data_files(job, config)
-        if not path.is_file()
+        for role, config in data_sets(job).items()
+        for path in files[role]
+        if not path.is_file() and not config.load_dataset_config.is_hub
     ]
     if problems:
         raise EdgetuneError(problems)
     return {
         "files": {
-            role: [job.hashes[path] for path in data_files(job, config)] for role, config in data_sets(job).items()
-        },
-        "config": {
-            role: config.model_dump(
-                exclude={
-                    "name": True,
-                    "load_dataset_config": {"data_files"},
-                    "pre_process_data_config": {"pad_to_max_len", "use_attention_mask"},
-                }
-            )
+            role: [] if config.load_dataset_config.is_hub else [job.hashes[path] for path in files[role]]
             for role, config in data_sets(job).items()
         },
+        "config": {role: _dump(config) for role, config in data_sets(job).items()},
         "tokenizer": digests(job, weights=False),
     }
 
 
+def _dump(config: DataConfig) -> dict[str, Any]:
+    """Return the keys that decide on the rows; the files of local data count by their content instead."""
+    unimportant: dict[str, Any] = {"name": True, "pre_process_data_config": {"pad_to_max_len", "use_attention_mask"}}
+    if not config.load_dataset_config.is_hub:
+        unimportant["load_dataset_config"] = {"data_files"}
+    return config.model_dump(exclude=unimportant)
+
+
 def build(job: Job, folder: Path) -> dict[str, Any]:
-    """Check and tokenise every data set. Raises EdgetuneError with all problems of all files."""
-    encoder = Encoder(job.workflow.template, job.base_folder)
-    problems: list[Problem] = []
-    metrics: dict[str, Any] = {}
-    for role, config in data_sets(job).items():
-        rows, found = _checked_rows(job, config)
-        problems += found
-        if found:
-            continue
-        totals, found = _tokenise(job, rows, config, encoder, folder / role)
-        problems += found
-        metrics[role] = totals
+    """Check and tokenise every data set. Raises EdgetuneError with all problems of all of them."""
+    try:
+        return _build(job, folder)
+    except EdgetuneError:
+        shutil.rmtree(folder)  # the rows have to change first: there is nothing to continue
+        raise
+
+
+def _build(job: Job, folder: Path) -> dict[str, Any]:
+    surveys = _survey_all(job)
+    if isinstance(job.workflow.contract, Conversation):
+        _refuse(job, surveys, [])  # before transformers is loaded for its chat templates
+    encoder = Encoder(job.workflow.contract, job.base_folder)
+    problems, warnings = _format_problems(job, encoder)
+    sets = {}
+    if not problems:
+        with (folder / job.project.rejected.name).open("w", encoding="utf-8") as rejected:
+            for role, found in surveys.items():
+                if not found.problems:
+                    sets[role] = _Writer(job, role, found, encoder, rejected).write(folder / role)
+    _refuse(job, surveys, problems)
+    for found in surveys.values():
+        warnings += found.warnings
+    for warning in warnings:
+        job.progress.say(f"warning: {warning.where}: {warning.message}")
+    for role, totals in sets.items():
+        _say_commit(job, data_sets(job)[role].load_dataset_config)
         job.progress.say("{role}: {rows:,} rows, {tokens:,} tokens, longest {longest}".format(role=role, **totals))
-    if problems:
-        raise EdgetuneError(problems)
-    return metrics
+    return {"sets": sets, "warnings": [vars(warning) for warning in warnings]}
 
 
-STAGE = Stage("data", 1, inputs, build)
+def _say_commit(job: Job, load: LoadDataset) -> None:
+    if load.is_hub and load.revision is None and (commit := hub_commit(load)):
+        job.progress.say(f'{load.data_name} is at {commit}; "revision" in load_dataset_config keeps it there')
 
 
-def counts(job: Job) -> dict[str, dict[str, int]]:
-    """Return the rows and tokens of the tokenised data sets by role."""
+STAGE = Stage("data", 2, inputs, build)
+
+
+def metrics(job: Job) -> dict[str, Any]:
+    """Return what the last check found: ``sets`` by role, and ``warnings``."""
     manifest = read_manifest(job.project.stage_folder("data"))
-    return {} if manifest is None else manifest["metrics"]
+    return {"sets": {}, "warnings": []} if manifest is None else manifest["metrics"]
 
 
-def first_sample(job: Job) -> dict[str, str]:
-    """Return prompt and completion of the first training row, decoded from the ids that are trained on."""
-    sample = Tokens(job.project.stage_folder("data"), "train")[0]
-    tokenizer = load_tokenizer(job.base_folder)
-    parts = {"prompt": sample.ids[: sample.prompt_length], "completion": sample.ids[sample.prompt_length :]}
-    return {name: tokenizer.decode(ids, skip_special_tokens=False) for name, ids in parts.items()}
+def check_rejected(job: Job) -> None:
+    """Raise EdgetuneError when an earlier run left out more rows than this one allows."""
+    count = sum(numbers["rejected"] for numbers in metrics(job)["sets"].values())
+    if job.max_bad is not None and count > job.max_bad:
+        raise failure(
+            f"{count:,} rows are left out, listed in {job.project.name(job.project.rejected)}; "
+            f"--max-bad allows {job.max_bad:,}",
+            hint=f"correct them, or go on without them with `--max-bad {count}`",
+        )
 
 
 def check_rows(job: Job) -> None:
-    """Check every row without a tokenizer. Raises EdgetuneError with all problems of all files."""
+    """Check every row without a tokenizer. Raises EdgetuneError with all problems of all data sets."""
     inputs(job)
-    problems = [problem for config in data_sets(job).values() for problem in _checked_rows(job, config)[1]]
+    _refuse(job, _survey_all(job), [])
+
+
+def _survey_all(job: Job) -> dict[str, Survey]:
+    surveys: dict[str, Survey] = {}
+    for role, config in data_sets(job).items():
+        job.progress.advance(0, 1, f"checking {config.name}")
+        place = job.workflow.where_contract(config)
+        trained = surveys[TRAIN].prompts if surveys else {}
+        found = surveys[role] = survey(config.contract, place, rows_of(job, config), trained)
+        found.problems += _unused_columns(job, config)
+    return surveys
+
+
+def _unused_columns(job: Job, config: DataConfig) -> list[Problem]:
+    given = config.pre_process_data_config
+    unused = set(given.text_cols) - set(config.contract.columns) if "text_cols" in given.model_fields_set else ()
+    where = job.workflow.where_in_data(config, "pre_process_data_config", "text_cols")
+    hint = f"the template has: {', '.join(config.contract.columns)}"
+    return [
+        Problem(f"text_cols names {column!r}, which text_template does not use", where, hint)
+        for column in sorted(unused)
+    ]
+
+
+def _format_problems(job: Job, encoder: Encoder) -> tuple[list[Problem], list[Problem]]:
+    """Return what is wrong, and what may be wrong, with the template for this base model."""
+    where = job.workflow.where_contract(job.workflow.train_data)
+    foreign = encoder.foreign_tokens()
+    problems = [
+        Problem(f"{job.base_id} does not know the special token {token}", where, encoder.prompt_format())
+        for token in foreign
+    ]
+    fault, hint = encoder.format_fault()
+    if fault and not foreign:
+        problems.append(Problem(fault, where, hint))
+    warnings = []
+    if begin := encoder.lacks_begin():
+        message = f"{job.base_id} was trained on texts that begin with {begin}, and the template does not"
+        warnings.append(Problem(message, where, f"begin text_template with {begin}, for all data sets"))
+    return problems, warnings
+
+
+def _refuse(job: Job, surveys: dict[str, Survey], problems: list[Problem]) -> None:
+    """Raise EdgetuneError for what is wrong with whole data sets, and for more bad rows than are allowed."""
+    problems = problems + [problem for found in surveys.values() for problem in found.problems]
+    bad = [problem for found in surveys.values() for faults in found.bad.values() for problem in faults]
+    count = sum(len(found.bad) for found in surveys.values())
+    if count > (job.max_bad or 0):
+        total = sum(found.rows for found in surveys.values())
+        if not problems and count < total:
+            hint = f"correct them, or go on without them with `--max-bad {count}`"
+            problems.append(Problem(f"{count:,} of {total:,} rows cannot be learned from", hint=hint))
+        problems += [problem for found in surveys.values() for problem in found.summaries] + bad
+    elif not problems:
+        problems = [
+            _no_rows(job, data_sets(job)[role]) for role, found in surveys.items() if found.rows == len(found.bad)
+        ]
     if problems:
         raise EdgetuneError(problems)
 
 
-def _checked_rows(job: Job, config: DataConfig) -> tuple[list[dict[str, str]], list[Problem]]:
-    """Read the rows of a data set; with problems, the rows are not to be used."""
-    problems: list[Problem] = []
-    rows: list[Row] = []
-    for path in data_files(job, config):
-        rows += _read(path, job.project.name(path), config.load_dataset_config.data_name, problems)
-    rows = take_split(rows, config.load_dataset_config.split)[: config.pre_process_data_config.max_samples]
-    if not rows and not problems:
-        where = job.project.name(data_files(job, config)[0])
-        problems.append(Problem(f"the data set {config.name!r} has no rows", where, "add rows, or widen its split"))
-    template = job.workflow.where_in_data(config, "pre_process_data_config", "text_template")
-    problems += row_problems(rows, config.template.columns, template)
-    given = config.pre_process_data_config
-    unused = set(given.text_cols) - set(config.template.columns) if "text_cols" in given.model_fields_set else ()
-    for column in sorted(unused):
-        where = job.workflow.where_in_data(config, "pre_process_data_config", "text_cols")
-        hint = f"the template has: {', '.join(config.template.columns)}"
-        problems.append(Problem(f"text_cols names {column!r}, which text_template does not use", where, hint))
-    return [row.values for row in rows], problems
+def _no_rows(job: Job, config: DataConfig) -> Problem:
+    load = config.load_dataset_config
+    where = load.data_name if load.is_hub else job.project.name(files_of(load, job.project.config_folder)[0])
+    return Problem(f"the data set {config.name!r} has no rows", where, "add rows, or widen its split")
 
 
-def take_split(rows: list[Row], split: str) -> list[Row]:
-    """Return the rows of a slice such as ``train[90%:]``."""
-    bounds = re.search(r"\[(.*):(.*)\]", split)
-    return rows[slice(*(_boundary(text, len(rows)) for text in bounds.groups()))] if bounds else rows
+class _Writer:
+    """Writes the samples of one data set, and the rows that make none to ``rejected.jsonl``."""
+
+    def __init__(self, job: Job, role: str, found: Survey, encoder: Encoder, rejected: IO[str]) -> None:
+        self.job, self.role, self.found, self.encoder, self.rejected = job, role, found, encoder, rejected
+        self.config = data_sets(job)[role]
+        self.allowed = self.config.pre_process_data_config.max_seq_len
+        self.ends, self.lengths, self.learned = array(_ENDS), array(_IDS), 0
+        self.labels, self.too_long, self.with_special = Counter[str](), list[int](), list[str]()
+
+    def write(self, target: Path) -> dict[str, Any]:
+        """Write ``target.ids``, ``.learned`` and ``.ends``; return the data set's numbers.
+
+        What is found wrong is added to the survey.
+        """
+        rows, done = enumerate(rows_of(self.job, self.config)), 0
+        with target.with_suffix(".ids").open("wb") as ids, target.with_suffix(".learned").open("wb") as learned:
+            while batch := list(islice(rows, _BATCH_ROWS)):
+                for sample in self._samples(batch):
+                    ids.write(array(_IDS, sample.ids))
+                    learned.write(sample.learned)
+                    self.lengths.append(len(sample.ids))
+                    self.ends.append(len(sample.ids) + (self.ends[-1] if self.ends else 0))
+                    self.learned += sample.learned.count(1)
+                done += len(batch)
+                self.job.progress.advance(done, self.found.rows, f"tokenising {self.config.name}")
+        target.with_suffix(".ends").write_bytes(self.ends.tobytes())
+        self._tell()
+        return {
+            "rows": self.found.rows - len(self.found.bad),
+            "rejected": len(self.found.bad),
+            "samples": len(self.ends),
+            "tokens": self.ends[-1] if self.ends else 0,
+            "learned_tokens": self.learned,
+            "longest": max(self.lengths, default=0),
+            "histogram": histogram(self.lengths),
+            "labels": dict(self.labels.most_common()),
+        }
+
+    def _samples(self, batch: list[tuple[int, Row]]) -> Iterator[Sample]:
+        good = [(number, row) for number, row in batch if number not in self.found.bad]
+        encoded = zip(good, self.encoder.encode([row.values for _, row in good]), strict=True)
+        for number, row in batch:
+            if number in self.found.bad:
+                self._reject(row, self.found.bad[number])
+        for (number, row), samples in encoded:
+            if fault := self._fault(row, samples):
+                self.found.bad[number] = [Problem(fault, str(row.place), "shorten or correct the row")]
+                self._reject(row, self.found.bad[number])
+                continue
+            if self.found.has_labels:
+                self.labels.update(completion for _, completion in self.config.contract.exchanges(row.values))
+            yield from samples
+
+    def _fault(self, row: Row, samples: list[Sample]) -> str:
+        """Return what is wrong with a row's ids, and note what may be."""
+        given, answers = self.config.contract.texts(row.values)
+        if token := self.encoder.special_token(answers):
+            return f"the answer contains the special token {token}"
+        longest = max(len(sample.ids) for sample in samples)
+        if longest > (context := self.encoder.context or longest):
+            return f"the row has {longest} tokens, the base model reads {context}"
+        if longest > self.allowed:
+            self.too_long.append(longest)
+            return f"the row has {longest} tokens, max_seq_len is {self.allowed}"
+        if self.encoder.special_token(given):
+            self.with_special.append(str(row.place))
+        return ""
+
+    def _reject(self, row: Row, reasons: list[Problem]) -> None:
+        why = "; ".join(reason.message for reason in reasons)
+        entry = {"set": self.role, "where": str(row.place), "problem": why, "row": row.values}
+        self.rejected.write(json.dumps(entry, default=str) + "\n")
+
+    def _tell(self) -> None:
+        """Add what concerns many rows to the survey, once."""
+        if self.with_special:
+            hint = "it acts as that token, not as text; fine if it was meant to"
+            self.found.warnings.append(together("with a special token in its prompt", self.with_special, hint))
+        if self.too_long:
+            count, longest = len(self.too_long), max(self.too_long)
+            rows = f"{count:,} {'row' if count == 1 else 'rows'} of {self.config.name!r}"
+            place = self.job.workflow.where_in_data(self.config, "pre_process_data_config", "max_seq_len")
+            message = f"max_seq_len {self.allowed} is too short for {rows} (longest: {longest} tokens)"
+            hint = f"set max_seq_len to {longest} or shorten the rows; completions are never cut"
+            self.found.summaries.append(Problem(message, place, hint))
 
 
-def _boundary(text: str, count: int) -> int | None:
-    """Return where a slice starts or ends; percentages round as ``datasets`` does."""
-    if not text:
-        return None
-    return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
-
-
-def _read(path: Path, name: str, kind: str, problems: list[Problem]) -> Iterator[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes().count(b"\n", 0, error.start) + 1
-        problems.append(Problem("not UTF-8 text", f"{name}:{line}", "save the file as UTF-8"))
-        return iter(())
-    if kind == "csv":
-        return _csv_rows(text, name, problems)
-    return _array_rows(path, name, problems) if text.lstrip().startswith("[") else json_lines(text, name, problems)
-
-
-def json_lines(text: str, name: str, problems: list[Problem]) -> Iterator[Row]:
-    """Yield the rows of JSON lines; lines that are no JSON are added to ``problems``."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield Row(parse(line), f"{name}:{number}")
-            except ValueError as error:
-                hint = "every line must be one JSON object"
-                problems.append(Problem(f"not valid JSON: {error}", f"{name}:{number}", hint))
-
-
-def _array_rows(path: Path, name: str, problems: list[Problem]) -> Iterator[Row]:
-    try:
-        source = JsonSource(path, name)
-    except EdgetuneError as error:
-        problems += error.problems
-        return iter(())
-    return (Row(values, source.where(index)) for index, values in enumerate(source.data))
-
-
-def _csv_rows(text: str, name: str, problems: list[Problem]) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    end = 1
-    try:
-        for values in reader:
-            where, end = f"{name}:{end + 1}", reader.line_num
-            if None in values or None in values.values():
-                message = f"the row does not have {len(reader.fieldnames or ())} fields like the header"
-                problems.append(Problem(message, where, 'put a field with commas into "quotes"'))
-            else:
-                yield Row(values, where)
-    except csv.Error as error:
-        problems.append(Problem(f"not valid CSV: {error}", f"{name}:{reader.line_num}", "check its quotes"))
-
-
-def row_problems(rows: list[Row], columns: Iterable[str], template: str) -> list[Problem]:
-    """Check that every row has a text in every column of the template."""
-    problems = [
-        Problem("the row is not a JSON object", row.where, 'write it as {"column": "text", …}')
-        for row in rows
-        if not isinstance(row.values, dict)
+def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return at most ten ranges of equal width as (lowest, highest, how many)."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = -(-(high - low + 1) // _BINS)
+    counts = [0] * _BINS
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    return [
+        (low + i * width, min(low + (i + 1) * width - 1, high), count)
+        for i, count in enumerate(counts)
+        if low + i * width <= high
     ]
-    rows = [row for row in rows if isinstance(row.values, dict)]
-    for column in columns:
-        bad = [row for row in rows if not _is_text(row.values.get(column))]
-        if rows and all(column not in row.values for row in rows):
-            there = ", ".join(map(repr, rows[0].values)) or "none"
-            hint = f"its columns are: {there}; change text_template or the data"
-            message = f"the template names the column {column!r}, which {rows[0].where.rpartition(':')[0]} lacks"
-            problems.append(Problem(message, template, hint))
-            continue
-        for row in bad:
-            value = row.values.get(column)
-            state = "is missing" if value is None else "is empty" if isinstance(value, str) else "is not a text"
-            problems.append(Problem(f"the column {column!r} {state}", row.where, "complete the row or remove it"))
-    return problems
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _tokenise(
-    job: Job, rows: list[dict[str, str]], config: DataConfig, encoder: Encoder, target: Path
-) -> tuple[dict[str, int], list[Problem]]:
-    """Write the token ids of ``rows`` to ``target.ids`` and ``target.marks``."""
-    lengths, marks, endless, position = array(_MARKS), array(_MARKS), 0, 0
-    with target.with_suffix(".ids").open("wb") as file:
-        for start in range(0, len(rows), _BATCH_ROWS):
-            for sample in encoder.encode(rows[start : start + _BATCH_ROWS]):
-                array(_IDS, sample.ids).tofile(file)
-                marks.extend((position + sample.prompt_length, position + len(sample.ids)))
-                lengths.append(len(sample.ids))
-                position += len(sample.ids)
-                endless += not encoder.ends(sample)
-    target.with_suffix(".marks").write_bytes(marks.tobytes())
-    problems = []
-    allowed, longest = config.pre_process_data_config.max_seq_len, max(lengths)
-    if longest > allowed:
-        too_long = sum(length > allowed for length in lengths)
-        message = f"{too_long} rows of {config.name!r} are longer than max_seq_len {allowed} (longest: {longest})"
-        where = job.workflow.where_in_data(config, "pre_process_data_config", "max_seq_len")
-        hint = f"set max_seq_len to {longest} or shorten the rows; completions are never cut"
-        problems.append(Problem(message, where, hint))
-    if endless:
-        ends = " or ".join(encoder.end_tokens()) or "an end token (this model defines none)"
-        message = f"{endless} completions of {config.name!r} do not end with a token that stops the model"
-        where = job.workflow.where_in_data(config, "pre_process_data_config", "text_template")
-        problems.append(Problem(message, where, f"let text_template end with {ends}"))
-    return {"rows": len(rows), "tokens": position, "longest": longest}, problems

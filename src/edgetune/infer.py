@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.backends import Answer, Backend, OnnxBackend
-from edgetune.dataset import Row, json_lines, row_problems
 from edgetune.errors import EdgetuneError, Problem, failure
 from edgetune.project import Project
+from edgetune.prompt import Encoder
+from edgetune.row import Place, Row
 from edgetune.schema import Workflow
 from edgetune.stages import read_manifest, recover
+from edgetune.text_rows import json_rows
 
 Record = dict[str, Any]
 
@@ -26,26 +28,18 @@ def open_backend(project: Project) -> Backend:
 
 
 def rows_from_texts(workflow: Workflow, texts: list[str]) -> list[Row]:
-    """Put each text into the prompt column. Raises EdgetuneError when the template has several."""
-    columns = workflow.template.prompt_columns
-    if len(columns) > 1:
-        raise failure(
-            f"the prompt is made of the columns {', '.join(columns)}: a text alone cannot fill them",
-            hint="use --prompts FILE.jsonl with one object of these columns on each line",
-        )
-    return [Row({columns[0]: text}, f"text {number}") for number, text in enumerate(texts, start=1)]
+    """Make a question of each text. Raises EdgetuneError when the template needs more than a text."""
+    return [Row(workflow.contract.question(text), Place("text", number)) for number, text in enumerate(texts, start=1)]
 
 
 def rows_from_file(workflow: Workflow, path: Path) -> list[Row]:
     """Read rows with the template's prompt columns. Raises EdgetuneError with every problem of the file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise failure(f"{path} cannot be read: {error}", hint="--prompts takes a JSONL file in UTF-8") from None
-    problems: list[Problem] = []
-    rows = list(json_lines(text, str(path), problems))
-    problems += row_problems(rows, workflow.template.prompt_columns, str(path))
-    if not rows and not problems:
+        rows = list(json_rows(path, str(path)))
+    except OSError as error:
+        raise failure(f"{path} cannot be read: {error.strerror}", hint="--prompts takes a JSONL file") from None
+    problems = [fault for row in rows for fault in row.faults(workflow.contract, asking=True)]
+    if not rows:
         problems.append(Problem(f"{path} has no rows", str(path), "write one JSON object on each line"))
     if problems:
         raise EdgetuneError(problems)
@@ -53,7 +47,7 @@ def rows_from_file(workflow: Workflow, path: Path) -> list[Row]:
 
 
 def answers(
-    workflow: Workflow,
+    encoder: Encoder,
     backend: Backend,
     rows: list[Row],
     *,
@@ -61,16 +55,15 @@ def answers(
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Record, Answer]]:
     """Answer the rows one after the other. Raises EdgetuneError first if any prompt is too long."""
-    columns = workflow.template.prompt_columns
-    prompts = [workflow.template.prompt_text({column: row.values[column] for column in columns}) for row in rows]
+    prompts = [encoder.prompt_ids(row.values) for row in rows]
     problems = [
         Problem(
-            f"the prompt has {tokens} tokens; with its answer the model takes {backend.max_length}",
-            row.where,
+            f"the prompt has {len(prompt)} tokens; with its answer the model takes {backend.max_length}",
+            str(row.place),
             "shorten it, or raise search.max_length of the ModelBuilder pass in fine-tuning/olive-config.json",
         )
         for row, prompt in zip(rows, prompts, strict=True)
-        if (tokens := backend.count_tokens(prompt)) >= backend.max_length
+        if len(prompt) >= backend.max_length
     ]
     if problems:
         raise EdgetuneError(problems)

@@ -44,6 +44,10 @@ class Project:
         """Stock Olive's cache (git-ignored)."""
         return self.config_folder / "cache"
 
+    def split_file(self, role: str) -> Path:
+        """Return where ``edgetune data --write-split`` puts the rows for ``train`` or ``eval``."""
+        return self.root / "datasets" / f"{role}.jsonl"
+
     @property
     def model_cache(self) -> Path:
         """Base models, ``<org>/<name>/`` each."""
@@ -67,6 +71,11 @@ class Project:
     def stage_folder(self, stage: str) -> Path:
         """Return the folder a stage publishes."""
         return self.results / {"train": "adapter", "merge": "merged", "export": "onnx"}.get(stage, stage)
+
+    @property
+    def rejected(self) -> Path:
+        """The rows that were left out, with the reasons."""
+        return self.stage_folder("data") / "rejected.jsonl"
 
     @property
     def olive_output(self) -> Path:

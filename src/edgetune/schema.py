@@ -3,42 +3,31 @@
 A test holds these models against Olive's own schema. Nothing here needs Olive, torch or transformers.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    create_model,
-    field_validator,
-)
+from pydantic import Field, PrivateAttr, create_model, field_validator, model_validator
 
-from edgetune.prompt import Template
+from edgetune.contract import Contract
+from edgetune.data_schema import DataConfig, Strict, WrongKeyError
 from edgetune.source import JsonSource
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Texts = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-"""A text or several, as Olive takes them."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class LoadKwargs(_Strict):
+class LoadKwargs(Strict):
     """How transformers loads the base model."""
 
     revision: str | None = None
-    trust_remote_code: Literal[False] = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _trust_is_for_one_commit(self) -> Self:
+        if self.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            message = "needs a 40-digit revision beside it: code that may change is never run"
+            raise WrongKeyError("trust_remote_code", message)
+        return self
 
 
-class InputModel(_Strict):
+class InputModel(Strict):
     """The base model."""
 
     type: Literal["HfModel"]
@@ -47,63 +36,21 @@ class InputModel(_Strict):
     load_kwargs: LoadKwargs = LoadKwargs()
 
 
-class Accelerator(_Strict):
+class Accelerator(Strict):
     """What the exported model runs on."""
 
     device: Literal["cpu"]
     execution_providers: Annotated[list[Literal["CPUExecutionProvider"]], Field(min_length=1, max_length=1)]
 
 
-class System(_Strict):
+class System(Strict):
     """A machine; Olive takes one accelerator per system."""
 
     type: Literal["LocalSystem"]
     accelerators: Annotated[list[Accelerator], Field(min_length=1, max_length=1)]
 
 
-class LoadDataset(_Strict):
-    """Arguments of ``datasets.load_dataset``. Olive's default split, ``validation``, fits no file."""
-
-    data_name: Literal["json", "csv"]
-    data_files: Texts
-    split: Annotated[str, Field(pattern=r"^train(\[(-?\d+%?)?:(-?\d+%?)?\])?$")]
-
-
-class PreProcess(_Strict):
-    """How rows become text. Olive's own defaults join rows and add special tokens, so both must be set."""
-
-    text_template: str
-    text_cols: Texts = ["text"]
-    strategy: Literal["line-by-line"]
-    add_special_tokens: Literal[False]
-    max_seq_len: Annotated[int, Field(ge=2)] = 1024
-    max_samples: Annotated[int, Field(ge=1)] | None = None
-    # These two change only time and memory; the native engine pads each batch to its longest row.
-    pad_to_max_len: bool = True
-    use_attention_mask: bool = True
-
-    @field_validator("text_template")
-    @classmethod
-    def _is_a_template(cls, value: str) -> str:
-        Template.parse(value)
-        return value
-
-
-class DataConfig(_Strict):
-    """A named data set."""
-
-    name: str
-    type: Literal["HuggingfaceContainer"]
-    load_dataset_config: LoadDataset
-    pre_process_data_config: PreProcess
-
-    @property
-    def template(self) -> Template:
-        """The prompt contract of this data."""
-        return Template.parse(self.pre_process_data_config.text_template)
-
-
-class _TrainingArguments(_Strict):
+class _TrainingArguments(Strict):
     """The arguments with a default of Olive's, or that every run needs to be sane."""
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
@@ -189,7 +136,7 @@ TrainingArguments: type[_TrainingArguments] = create_model(
 )
 
 
-class LoRA(_Strict):
+class LoRA(Strict):
     """Olive's LoRA pass."""
 
     type: Literal["LoRA"]
@@ -203,18 +150,18 @@ class LoRA(_Strict):
     training_args: TrainingArguments = TrainingArguments()  # type: ignore[valid-type]
 
 
-class MergeAdapterWeights(_Strict):
+class MergeAdapterWeights(Strict):
     """Olive's merge pass; it has no options."""
 
     type: Literal["MergeAdapterWeights"]
 
 
-class ModelBuilder(_Strict):
+class ModelBuilder(Strict):
     """Olive's pass around onnxruntime-genai's model builder."""
 
     type: Literal["ModelBuilder"]
     precision: Literal["int4", "fp32"]
-    search: dict[str, Any] = {}
+    search: dict[str, Any] = Field(default_factory=dict)
     int4_block_size: Literal[16, 32, 64, 128, 256] | None = None
     int4_accuracy_level: Literal[1, 2, 3, 4] | None = None
     int4_is_symmetric: bool | None = None
@@ -239,7 +186,7 @@ class ModelBuilder(_Strict):
 Pass = Annotated[LoRA | MergeAdapterWeights | ModelBuilder, Field(discriminator="type")]
 
 
-class Workflow(_Strict):
+class Workflow(Strict):
     """The whole file. The keys with defaults at the end are stock Olive's; they do not change a result."""
 
     input_model: InputModel
@@ -273,6 +220,10 @@ class Workflow(_Strict):
         """Return ``file:line`` of a value of a data config."""
         return self.where("data_configs", self.data_configs.index(data), *location)
 
+    def where_contract(self, data: "DataConfig") -> str:
+        """Return ``file:line`` of the text template or chat template of a data config."""
+        return self.where_in_data(data, "pre_process_data_config", data.pre_process_data_config.contract_key)
+
     @property
     def lora(self) -> LoRA:
         """The fine-tuning pass."""
@@ -295,9 +246,9 @@ class Workflow(_Strict):
         return None if name is None else self._data(name)
 
     @property
-    def template(self) -> Template:
+    def contract(self) -> Contract:
         """The prompt contract."""
-        return self.train_data.template
+        return self.train_data.contract
 
     def _data(self, name: str) -> DataConfig:
         return next(d for d in self.data_configs if d.name == name)

@@ -3,7 +3,7 @@
 import json
 from bisect import bisect_left
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgetune.errors import Problem, failure
 
@@ -31,6 +31,7 @@ class _Walker:
     def __init__(self, text: str) -> None:
         self.text = text
         self.lines: dict[Location, int] = {}
+        self.spans: dict[Location, tuple[int, int]] = {}
         self.newlines = [at for at, character in enumerate(text) if character == "\n"]
         self.duplicates: list[tuple[str, int]] = []
         self.decoder = json.JSONDecoder()
@@ -48,10 +49,13 @@ class _Walker:
         at = self.skip(at)
         self.lines.setdefault(location, self.line(at))
         if self.text[at] == "{":
-            return self.members(at + 1, location)
-        if self.text[at] == "[":
-            return self.items(at + 1, location)
-        return self.decoder.raw_decode(self.text, at)[1]
+            end = self.members(at + 1, location)
+        elif self.text[at] == "[":
+            end = self.items(at + 1, location)
+        else:
+            end = self.decoder.raw_decode(self.text, at)[1]
+        self.spans[location] = at, end
+        return end
 
     def members(self, at: int, location: Location) -> int:
         while self.text[at := self.skip(at)] != "}":
@@ -74,11 +78,11 @@ class _Walker:
 class JsonSource:
     """A JSON file's content together with the line of each of its keys."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, encoding: str = "utf-8-sig") -> None:
         """Read ``path``; ``name`` is how messages call it. Raises EdgetuneError with the line of a mistake."""
         self.name = name
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = path.read_text(encoding=encoding)
         except FileNotFoundError:
             raise failure(f"{name} does not exist", where=name) from None
         except (OSError, UnicodeDecodeError) as error:
@@ -95,14 +99,18 @@ class JsonSource:
             ) from None
         except (ValueError, RecursionError) as error:
             raise failure(f"not usable JSON: {error}", where=f"{name}:1") from None
-        self.lines = walker.lines
+        self.text, self.spans, self.lines = text, walker.spans, walker.lines
         self.duplicates = walker.duplicates
 
     def where(self, *location: str | int) -> str:
         """Return ``file:line`` of a value, or of the closest enclosing one that exists."""
+        return f"{self.name}:{self.line(*location)}"
+
+    def line(self, *location: str | int) -> int:
+        """Return the line of a value, or of the closest enclosing one that exists."""
         while location not in self.lines and location:
             location = location[:-1]
-        return f"{self.name}:{self.lines.get(location, 1)}"
+        return self.lines.get(location, 1)
 
     def duplicate_problems(self) -> list[Problem]:
         """Return a problem for each key that stands twice in one object: readers keep only the last."""
@@ -110,3 +118,39 @@ class JsonSource:
             Problem(f"the key {key!r} appears twice", f"{self.name}:{line}", "remove one of the two")
             for key, line in self.duplicates
         ]
+
+    def replacing(self, location: Location, value: Any) -> "Edit":
+        """Return the edit that writes ``value`` in place of the one that stands at ``location``."""
+        start, end = self.spans[location]
+        return Edit(start, end, self._written(value, start))
+
+    def adding_after(self, location: Location, value: Any) -> "Edit":
+        """Return the edit that adds ``value`` behind an item, or behind a member: then ``value`` is (key, value)."""
+        start, end = self.spans[location]
+        key = ""
+        if isinstance(location[-1], str):
+            name, value = value
+            key = f"{json.dumps(name)}: "
+        return Edit(end, end, f",\n{self._indent(start)}{key}{self._written(value, start)}")
+
+    def edited(self, edits: "list[Edit]") -> str:
+        """Return the document with the edits made; all else stays as it is, layout included."""
+        text = self.text
+        for edit in sorted(edits, reverse=True):
+            text = text[: edit.start] + edit.text + text[edit.end :]
+        return text
+
+    def _indent(self, at: int) -> str:
+        line = self.text[self.text.rfind("\n", 0, at) + 1 :]
+        return line[: len(line) - len(line.lstrip(" \t"))]
+
+    def _written(self, value: Any, at: int) -> str:
+        return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + self._indent(at))
+
+
+class Edit(NamedTuple):
+    """A part of a text and what is to stand there instead."""
+
+    start: int
+    end: int
+    text: str

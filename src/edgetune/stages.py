@@ -41,6 +41,8 @@ class Job:
     hashes: "Hashes"
     base_id: str
     keys: dict[str, str]
+    max_bad: int | None = None
+    """How many rows may be left out because something is wrong with them; None: as many as were before, or none."""
 
     @classmethod
     def start(cls, project: Project, workflow: Workflow, progress: Progress) -> "Job":

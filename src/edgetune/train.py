@@ -91,6 +91,8 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
             callbacks=[_callback(job)],
         )
         trainer.create_optimizer()
+    if job.workflow.eval_data is None:
+        job.progress.say("no evaluation data: `edgetune data --write-split 0.1` sets some rows aside")
     trainer.remove_callback(transformers.PrinterCallback)
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job, folder / _CHECKPOINTS))
     metrics = _metrics(trainer, result.metrics)
@@ -189,7 +191,11 @@ def _model_with_adapter(job: Job) -> Any:
 
     lora = job.workflow.lora
     base = AutoModelForCausalLM.from_pretrained(
-        job.base_folder, dtype=getattr(torch, lora.torch_dtype), local_files_only=True, use_safetensors=True
+        job.base_folder,
+        dtype=getattr(torch, lora.torch_dtype),
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=job.workflow.input_model.load_kwargs.trust_remote_code,
     )
     base.config.use_cache = False
     config = LoraConfig(
@@ -230,7 +236,8 @@ class _Collator:
         for row, sample in enumerate(samples):
             length = len(sample.ids)
             ids[row, :length] = torch.tensor(sample.ids)
-            labels[row, sample.prompt_length : length] = ids[row, sample.prompt_length : length]
+            learned = torch.tensor(list(sample.learned), dtype=torch.bool)
+            labels[row, :length][learned] = ids[row, :length][learned]
             mask[row, :length] = 1
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 

@@ -34,6 +34,8 @@ def run(job: Job, last: str, *, source: Path | None = None, update_lock: bool = 
             _run_download(job, last, source=source, update_lock=update_lock)
             for stage in STAGES[: STEPS.index(last)]:
                 _run_stage(job, stage)
+                if stage is dataset.STAGE:
+                    dataset.check_rejected(job)
         finally:
             job.hashes.save()
 
@@ -43,7 +45,8 @@ def _run_download(job: Job, last: str, *, source: Path | None, update_lock: bool
         job.progress.skip("download")
         return
     if last != "download":
-        dataset.check_rows(job)  # before gigabytes are fetched
+        with job.progress.running("data", job.project.log("data")):
+            dataset.check_rows(job)  # before gigabytes are fetched
     with job.progress.running("download", job.project.log("download")):
         download.download(job, source=source, update_lock=update_lock)
         job.progress.say(f"{job.base_id} is in {job.project.name(job.base_folder)}")

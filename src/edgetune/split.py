@@ -1,0 +1,153 @@
+"""Set rows aside for evaluation: all rows → ``datasets/train.jsonl`` and ``eval.jsonl``, and the workflow file."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from edgetune import config
+from edgetune.dataset import EVAL, TRAIN, all_rows, inputs
+from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune.row import Row
+from edgetune.source import Edit, JsonSource, Location
+from edgetune.stages import Job, run_lock
+
+
+def write_split(job: Job, share: float) -> dict[str, int]:
+    """Split all rows anew, about ``share`` of them for evaluation; return the rows by role.
+
+    Rows with the same prompt stay together (chats: with the same first question). Slices and ``max_samples`` do not
+    count: every row of the files takes part. A file that is written over is kept under another name. Raises
+    EdgetuneError when there are more bad rows than ``job.max_bad`` or there is nothing to split; then nothing has
+    changed.
+    """
+    project = job.project
+    targets = {role: project.split_file(role) for role in (TRAIN, EVAL)}
+    config_file = project.config.resolve()  # a link stays one
+    new = {path: path.with_name(path.name + ".tmp") for path in (*targets.values(), config_file)}
+    with run_lock(project):
+        inputs(job)
+        try:
+            chosen = _choose(job, share)
+            project.split_file(TRAIN).parent.mkdir(exist_ok=True)
+            counts = _write_rows(job, chosen, {role: new[path] for role, path in targets.items()})
+            _write_config(job, targets, config_file, new[config_file])
+            config.load(project, new[config_file])
+            with _uninterrupted():
+                for path in targets.values():
+                    _keep(job, path)
+                for path, temporary in new.items():
+                    temporary.replace(path)
+        finally:
+            for temporary in new.values():
+                temporary.unlink(missing_ok=True)
+    return counts
+
+
+def _choose(job: Job, share: float) -> set[bytes]:
+    """Return the digests of the prompts that go to evaluation: those whose digests are smallest.
+
+    What a row is drawn by depends on nothing but itself, so the same rows are split the same way again.
+    """
+    sizes, problems, bad = Counter[bytes](), list[Problem](), 0.0
+    for row in all_rows(job):
+        if faults := row.faults(job.workflow.contract):
+            problems += faults
+            bad += 1 if not row.fatal else math.inf
+        else:
+            sizes[_digest(job, row)] += 1
+    if bad > (job.max_bad or 0):
+        raise EdgetuneError(problems)
+    if len(sizes) < 2:  # noqa: PLR2004
+        raise failure("there are no two different prompts to split", hint="add rows to the data set")
+    wanted, taken, chosen = math.ceil(share * sizes.total()), 0, set[bytes]()
+    for digest in sorted(sizes):
+        if taken + sizes[digest] <= wanted and len(chosen) < len(sizes) - 1:
+            chosen.add(digest)
+            taken += sizes[digest]
+    return chosen or {min(sizes, key=lambda digest: (sizes[digest], digest))}
+
+
+def _digest(job: Job, row: Row) -> bytes:
+    return blake2b(job.workflow.contract.exchanges(row.values)[0][0].encode(), digest_size=8).digest()
+
+
+def _write_rows(job: Job, chosen: set[bytes], paths: dict[str, Path]) -> dict[str, int]:
+    counts = Counter[str]()
+    with paths[TRAIN].open("w", encoding="utf-8") as train, paths[EVAL].open("w", encoding="utf-8") as evaluation:
+        for row in all_rows(job):
+            if not row.faults(job.workflow.contract):
+                role, file = (EVAL, evaluation) if _digest(job, row) in chosen else (TRAIN, train)
+                values = {name: None if value != value else value for name, value in row.values.items()}  # noqa: PLR0124 - NaN is no JSON
+                file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
+                counts[role] += 1
+    return {role: counts[role] for role in paths}
+
+
+def _keep(job: Job, path: Path) -> None:
+    """Copy a file that is about to be replaced to a name that nothing has."""
+    if path.exists():
+        number = 1
+        while (kept := path.with_name(f"{path.stem}.before-split-{number}{path.suffix}")).exists():
+            number += 1
+        shutil.copy2(path, kept)
+        job.progress.say(f"{job.project.name(path)} is kept as {job.project.name(kept)}")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait: between the files of a split, the project would be neither the old one nor the new one."""
+    mask = getattr(signal, "pthread_sigmask", None)  # Windows has none
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}) if mask else set()
+    try:
+        yield
+    finally:
+        if mask:
+            mask(signal.SIG_SETMASK, before)
+
+
+def _write_config(job: Job, targets: dict[str, Path], original: Path, new: Path) -> None:
+    """Write the workflow file with the new data files; everything else in it stays as it is."""
+    project, workflow = job.project, job.workflow
+    source = JsonSource(original, project.name(project.config))
+    load: dict[str, dict[str, Any]] = {
+        role: {
+            "data_name": "json",
+            "data_files": Path(os.path.relpath(path, project.config_folder)).as_posix(),
+            "split": "train",
+        }
+        for role, path in targets.items()
+    }
+    train, evaluation = workflow.train_data, workflow.eval_data
+    place: Location = ("data_configs", workflow.data_configs.index(train))
+    edits = [source.replacing((*place, "load_dataset_config"), load[TRAIN])]
+    if evaluation is not None and evaluation is not train:
+        other = ("data_configs", workflow.data_configs.index(evaluation), "load_dataset_config")
+        edits.append(source.replacing(other, load[EVAL]))
+    else:
+        edits += _new_data_set(job, source, place, load[EVAL])
+    raw = original.read_bytes()
+    encoding = "utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"
+    new.write_text(source.edited(edits), encoding=encoding, newline="\r\n" if b"\r\n" in raw else "\n")
+    shutil.copymode(original, new)
+
+
+def _new_data_set(job: Job, source: JsonSource, place: Location, load: dict[str, Any]) -> list[Edit]:
+    """Return the edits that add a data set like the one at ``place`` and name it for evaluation."""
+    names = {data.name for data in job.workflow.data_configs}
+    name = next(name for n in range(1, len(names) + 2) if (name := f"eval_data{n if n > 1 else ''}") not in names)
+    added = source.data["data_configs"][place[1]] | {"name": name, "load_dataset_config": load}
+    step = next(step for step, given in source.data["passes"].items() if "train_data_config" in given)
+    edits = [source.adding_after(place, added)]
+    if "eval_data_config" in source.data["passes"][step]:
+        edits.append(source.replacing(("passes", step, "eval_data_config"), name))
+    else:
+        edits.append(source.adding_after(("passes", step, "train_data_config"), ("eval_data_config", name)))
+    return edits

@@ -1,0 +1,91 @@
+"""Rows per second and memory of `edgetune data` against `datasets` and a tokenizer used plainly, in one run.
+
+The peer loads the file, fills the template and tokenises prompt and whole text (what is needed to learn answers
+only); it checks nothing. Both start from the same CSV file in processes of their own.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from copier import run_copy
+
+REPOSITORY = Path(__file__).parents[2]
+WORDS = ("the", "market", "rain", "a", "letter", "from", "my", "sister", "came", "late", "again", "and", "we", "waited")
+PEER = """
+import sys
+from datasets import load_dataset
+from transformers import AutoTokenizer
+
+model, file, template, cache = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(model)
+prompt = template.rpartition("{tone}")[0]
+
+def encode(batch):
+    rows = [dict(phrase=phrase, tone=tone) for phrase, tone in zip(batch["phrase"], batch["tone"])]
+    prompts = tokenizer([prompt.format(**row) for row in rows], add_special_tokens=False)["input_ids"]
+    whole = tokenizer([template.format(**row) for row in rows], add_special_tokens=False)["input_ids"]
+    return {"input_ids": whole, "prompt_length": [len(ids) for ids in prompts]}
+
+data = load_dataset("csv", data_files=file, split="train", cache_dir=cache)
+data = data.map(encode, batched=True, remove_columns=data.column_names)
+print(len(data))
+"""
+
+
+def main() -> None:
+    """Print a table and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=200_000)
+    rows = parser.parse_args().rows
+    with tempfile.TemporaryDirectory() as scratch:
+        project = Path(scratch) / "my-slm"
+        run_copy(str(REPOSITORY), project, defaults=True, quiet=True, vcs_ref="HEAD")
+        template, file = configure(project, rows)
+        subprocess.run([sys.executable, "-m", "edgetune", "download"], cwd=project, check=True, capture_output=True)
+        ours = measured([sys.executable, "-m", "edgetune", "data", "--show", "0"], project)
+        model = project / "model-cache/edgetune/tiny-phi3"
+        peer = [sys.executable, "-c", PEER, str(model), str(file), template, f"{scratch}/cache"]
+        theirs = measured(peer, project)
+    print(f"{'':<24} {'seconds':>8} {'rows/s':>10} {'peak MB':>8}")
+    for name, (seconds, megabytes) in (("edgetune data", ours), ("datasets + tokenizer", theirs)):
+        print(f"{name:<24} {seconds:>8.1f} {rows / seconds:>10,.0f} {megabytes:>8.0f}")
+    print(f"speed x{theirs[0] / ours[0]:.2f}, memory x{ours[1] / theirs[1]:.2f} of the peer's ({rows:,} rows)")
+
+
+def configure(project: Path, rows: int) -> tuple[str, Path]:
+    """Write the rows and point the project at them; return its template and the file."""
+    source, file = random.Random(0), project / "datasets/rows.csv"
+    with file.open("w", newline="", encoding="utf-8") as target:
+        writer = csv.writer(target)
+        writer.writerow(["phrase", "tone"])
+        for number in range(rows):
+            writer.writerow([f"{' '.join(source.choices(WORDS, k=8))} {number}", source.choice(["joy", "fear"])])
+    path = project / "fine-tuning/olive-config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["data_configs"][1], config["passes"]["lora"]["eval_data_config"]
+    config["data_configs"][0]["load_dataset_config"] |= {"data_name": "csv", "data_files": "../datasets/rows.csv"}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return config["data_configs"][0]["pre_process_data_config"]["text_template"], file
+
+
+def measured(command: list[str], folder: Path) -> tuple[float, float]:
+    """Return wall seconds and peak memory in MB of a process. Raises CalledProcessError when it fails."""
+    started = time.monotonic()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.monotonic() - started, usage.ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
