@@ -11,6 +11,7 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,9 @@ from edgetune.row import Row
 from edgetune.rows import files_of, hub_commit, read, read_all
 from edgetune.stages import Job, Stage, read_manifest
 from edgetune.survey import Survey, survey, together
+
+Batch = list[tuple[int, Row]]
+"""Rows with their numbers in the data set."""
 
 _BATCH_ROWS = 4096
 _BINS = 10
@@ -266,10 +270,10 @@ class _Writer:
 
         What is found wrong is added to the survey.
         """
-        rows, done = enumerate(rows_of(self.job, self.config)), 0
+        done = 0
         with target.with_suffix(".ids").open("wb") as ids, target.with_suffix(".learned").open("wb") as learned:
-            while batch := list(islice(rows, _BATCH_ROWS)):
-                for sample in self._samples(batch):
+            for batch, encoded in self._encoded():
+                for sample in self._samples(batch, encoded):
                     ids.write(array(_IDS, sample.ids))
                     learned.write(sample.learned)
                     self.lengths.append(len(sample.ids))
@@ -290,19 +294,33 @@ class _Writer:
             "labels": dict(self.labels.most_common()),
         }
 
-    def _samples(self, batch: list[tuple[int, Row]]) -> Iterator[Sample]:
-        good = [(number, row) for number, row in batch if number not in self.found.bad]
-        encoded = zip(good, self.encoder.encode([row.values for _, row in good]), strict=True)
+    def _encoded(self) -> Iterator[tuple[Batch, list[list[Sample]]]]:
+        """Yield batches of numbered rows with the samples of the good ones; the next batch is tokenised meanwhile."""
+        rows = enumerate(rows_of(self.job, self.config))
+        with ThreadPoolExecutor(1) as pool:
+            before: tuple[Batch, Future[list[list[Sample]]]] | None = None
+            while batch := list(islice(rows, _BATCH_ROWS)):
+                good = [row.values for number, row in batch if number not in self.found.bad]
+                task = pool.submit(self.encoder.encode, good)
+                if before:
+                    yield before[0], before[1].result()
+                before = batch, task
+            if before:
+                yield before[0], before[1].result()
+
+    def _samples(self, batch: Batch, encoded: list[list[Sample]]) -> Iterator[Sample]:
+        """Yield the samples of a batch that can be learned from; reject the other rows."""
+        samples_of_good = iter(encoded)
         for number, row in batch:
-            if number in self.found.bad:
-                self._reject(row, self.found.bad[number])
-        for (number, row), samples in encoded:
-            if fault := self._fault(row, samples):
+            samples = [] if number in self.found.bad else next(samples_of_good)
+            if samples and (fault := self._fault(row, samples)):
                 self.found.bad[number] = [Problem(fault, str(row.place), "shorten or correct the row")]
+            if number in self.found.bad:
                 self._reject(row, self.found.bad[number])
                 continue
             if self.found.has_labels:
-                self.labels.update(completion for _, completion in self.config.contract.exchanges(row.values))
+                for _, completion in self.config.contract.exchanges(row.values):
+                    self.labels[completion] += 1
             yield from samples
 
     def _fault(self, row: Row, samples: list[Sample]) -> str:

@@ -56,7 +56,8 @@ def survey(contract: Contract, place: str, rows: Iterable[Row], trained: Prompts
             continue
         exchanges = contract.exchanges(row.values)
         if len(labels) <= _MOST_LABELS:
-            labels.update(completion for _, completion in exchanges)
+            for _, completion in exchanges:
+                labels[completion] += 1
         others = [other for exchange in exchanges if (other := _note(result.prompts, exchange, row.place))]
         differing = [other for other in others if isinstance(other, Problem)]
         if differing:
