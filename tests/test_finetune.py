@@ -303,6 +303,16 @@ def test_bad_prompts_name_their_lines(tuned: Sandbox, tmp_path: Path, prompts: s
     assert f"error: {path}{message}" in result.stderr
 
 
+def test_texts_that_ask_nothing(tuned: Sandbox) -> None:
+    """An empty text, or one in another encoding, is refused before the model is loaded; a column's name is a text."""
+    for text in ("", "  ", b"caf\xe9".decode("utf-8", "surrogateescape")):
+        result = tuned.run("infer", text)
+        assert result.returncode == 1
+        assert "error: text:1: the " in result.stderr
+        assert "Traceback" not in result.stderr
+    assert tuned.run("infer", "phrase").returncode == 0
+
+
 def test_infer_limits_and_records(tuned: Sandbox) -> None:
     """``--json`` tells token counts and the reason of the end; a limit is such a reason."""
     result = tuned.run("infer", "--json", "--max-new-tokens", "1", "what a wonderful day")

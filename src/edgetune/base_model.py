@@ -90,15 +90,15 @@ def used_files(job: Job, folder: Path) -> list[Path]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return what config.json says; nothing when it is missing or no JSON object."""
-    return _read_object(folder / "config.json")
+    return _read_object(folder / "config.json") or {}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def folder_problems(job: Job, folder: Path) -> list[Problem]:
@@ -120,7 +120,7 @@ def _unreadable_problems(job: Job, folder: Path) -> list[Problem]:
     damaged = [
         name
         for name in ("generation_config.json", "tokenizer_config.json")
-        if (folder / name).is_file() and not _read_object(folder / name)
+        if (folder / name).is_file() and _read_object(folder / name) is None
     ]
     if (folder / "tokenizer.json").is_file():
         try:

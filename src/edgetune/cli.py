@@ -68,7 +68,7 @@ def data(arguments: argparse.Namespace) -> None:
         return
     for warning in found["warnings"]:
         _tell(f"warning: {warning['where']}: {warning['message']}\nhint: {warning['hint']}")
-    for line in preview.summary(found, bar="█" if _encoding() == "utf-8" else "#"):
+    for line in preview.summary(job, found, bar="█" if _encoding() == "utf-8" else "#"):
         print(line)
     _show(samples)
 

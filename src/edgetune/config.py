@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from edgetune.data_schema import DataConfig, LoadDataset, PreProcess, WrongKeyError
+from edgetune.data_schema import FILE_FORMATS, DataConfig, LoadDataset, PreProcess, WrongKeyError
 from edgetune.errors import EdgetuneError, Problem
 from edgetune.project import Project
 from edgetune.schema import (
@@ -86,7 +86,7 @@ def load(project: Project, path: Path | None = None) -> Workflow:
 
 
 def load_for_olive(project: Project) -> Workflow:
-    """Read only which base model the file wants; stock Olive judges all the rest.
+    """Read only which base model and data the file wants; stock Olive judges all the rest.
 
     Raises EdgetuneError when the file is no JSON object.
     """
@@ -102,7 +102,18 @@ def load_for_olive(project: Project) -> Workflow:
         model_path=str(model.get("model_path", "")), load_kwargs=LoadKwargs.model_construct(**given)
     )
     cache, output = (str(source.data.get(key, "")) for key in ("cache_dir", "output_dir"))
-    return Workflow.model_construct(input_model=base, cache_dir=cache, output_dir=output).located(source)
+    data = source.data.get("data_configs")
+    data = [_data_for_olive(entry) for entry in data] if isinstance(data, list) else []
+    workflow = Workflow.model_construct(input_model=base, data_configs=data, cache_dir=cache, output_dir=output)
+    return workflow.located(source)
+
+
+def _data_for_olive(entry: Any) -> DataConfig:
+    load = entry.get("load_dataset_config") if isinstance(entry, dict) else None
+    name = load.get("data_name") if isinstance(load, dict) else None
+    return DataConfig.model_construct(
+        load_dataset_config=LoadDataset.model_construct(data_name=str(name or FILE_FORMATS[0]))
+    )
 
 
 def _source(project: Project, path: Path | None = None) -> JsonSource:

@@ -124,7 +124,7 @@ class Template:
         if not isinstance(values, dict):
             return [Problem("the row is not a JSON object", hint='write it as {"column": "text", …}')]
         faults = [fault for column in columns if (fault := _text_fault(column, values))]
-        if not faults and all(values[column].strip().lower() == column.lower() for column in columns):
+        if not faults and not asking and all(values[column].strip().lower() == column.lower() for column in columns):
             return [Problem("the row repeats the names of the columns", hint="remove this header row")]
         return faults
 
@@ -282,7 +282,7 @@ def _order_faults(roles: list[str], *, asking: bool) -> list[Problem]:
     if "assistant" not in turns and not asking:
         return [Problem("the conversation has no assistant turn: there is nothing to learn", hint="remove the row")]
     if turns[-1:] != [last]:
-        hint = "remove what follows the last answer" if last == "assistant" else "remove the last answer"
+        hint = "remove what follows the last answer" if last == "assistant" else "end with the user's question"
         return [Problem(f"the conversation does not end with a turn of the {last}", hint=hint)]
     return []
 

@@ -52,7 +52,7 @@ class LoadDataset(Strict):
     split: str
     subset: str | None = None
     revision: str | None = None
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: str = ","
     encoding: str = "utf-8"
 
     @property
@@ -91,6 +91,13 @@ class LoadDataset(Strict):
     def _is_one_split(cls, value: str) -> str:
         if not re.fullmatch(r"\w[\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?", value):
             raise ValueError("a split is written like train, train[:90%] or train[100:]")
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _is_one_mark(cls, value: str) -> str:
+        if len(value) != 1 or value in '\r\n"\0':
+            raise ValueError("a delimiter is one character, such as ; or | or \\t, and neither a quote nor a line end")
         return value
 
     @field_validator("encoding")

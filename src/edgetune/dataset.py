@@ -5,7 +5,6 @@ learned from. Neither holds more than a batch of them. Token ids are kept as fla
 maps into memory.
 """
 
-import json
 import mmap
 import shutil
 from array import array
@@ -23,7 +22,7 @@ from edgetune.download import digests
 from edgetune.errors import EdgetuneError, Problem, failure
 from edgetune.hub import load_dotenv
 from edgetune.prompt import Encoder, Sample
-from edgetune.row import Row
+from edgetune.row import Row, as_json
 from edgetune.rows import files_of, hub_commit, read, read_all
 from edgetune.stages import Job, Stage, read_manifest
 from edgetune.survey import Survey, survey, together
@@ -144,7 +143,7 @@ def _build(job: Job, folder: Path) -> dict[str, Any]:
     problems, warnings = _format_problems(job, encoder)
     sets = {}
     if not problems:
-        with (folder / job.project.rejected.name).open("w", encoding="utf-8") as rejected:
+        with (folder / job.project.rejected.name).open("w", encoding="utf-8", errors="backslashreplace") as rejected:
             for role, found in surveys.items():
                 if not found.problems:
                     sets[role] = _Writer(job, role, found, encoder, rejected).write(folder / role)
@@ -233,6 +232,7 @@ def _format_problems(job: Job, encoder: Encoder) -> tuple[list[Problem], list[Pr
 def _refuse(job: Job, surveys: dict[str, Survey], problems: list[Problem]) -> None:
     """Raise EdgetuneError for what is wrong with whole data sets, and for more bad rows than are allowed."""
     problems = problems + [problem for found in surveys.values() for problem in found.problems]
+    problems += [_no_rows(job, role, found) for role, found in surveys.items() if not found.rows and not found.problems]
     bad = [problem for found in surveys.values() for faults in found.bad.values() for problem in faults]
     count = sum(len(found.bad) for found in surveys.values())
     if count > (job.max_bad or 0):
@@ -241,17 +241,18 @@ def _refuse(job: Job, surveys: dict[str, Survey], problems: list[Problem]) -> No
             hint = f"correct them, or go on without them with `--max-bad {count}`"
             problems.append(Problem(f"{count:,} of {total:,} rows cannot be learned from", hint=hint))
         problems += [problem for found in surveys.values() for problem in found.summaries] + bad
-    elif not problems:
-        problems = [
-            _no_rows(job, data_sets(job)[role]) for role, found in surveys.items() if found.rows == len(found.bad)
-        ]
+    elif empty := [_no_rows(job, role, found) for role, found in surveys.items() if found.rows == len(found.bad) > 0]:
+        problems += empty + bad
     if problems:
         raise EdgetuneError(problems)
 
 
-def _no_rows(job: Job, config: DataConfig) -> Problem:
+def _no_rows(job: Job, role: str, found: Survey) -> Problem:
+    config = data_sets(job)[role]
     load = config.load_dataset_config
     where = load.data_name if load.is_hub else job.project.name(files_of(load, job.project.config_folder)[0])
+    if found.rows:
+        return Problem(f"no row of the data set {config.name!r} can be learned from", where, "correct the rows")
     return Problem(f"the data set {config.name!r} has no rows", where, "add rows, or widen its split")
 
 
@@ -341,7 +342,7 @@ class _Writer:
     def _reject(self, row: Row, reasons: list[Problem]) -> None:
         why = "; ".join(reason.message for reason in reasons)
         entry = {"set": self.role, "where": str(row.place), "problem": why, "row": row.values}
-        self.rejected.write(json.dumps(entry, default=str) + "\n")
+        self.rejected.write(as_json(entry) + "\n")
 
     def _tell(self) -> None:
         """Add what concerns many rows to the survey, once."""

@@ -177,7 +177,7 @@ def _gone(job: Job, locked: LockEntry) -> EdgetuneError:
         f"{job.base_id} is locked to weights from a local folder, and of these {missing} is not there any more",
         where=job.project.name(job.project.lock),
         hint=f"put them into {job.project.name(job.base_folder)} again with `edgetune download --from FOLDER`, "
-        "or leave them for the published ones with `edgetune download --update-lock`",
+        "or delete that folder and take the published ones with `edgetune download --update-lock`",
     )
 
 

@@ -4,7 +4,6 @@ It looks first (all that stands against the download is found before any weights
 missing, and then holds every file against what the lock, or else the server's list of files, says of it.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from rich.filesize import decimal
 
 from edgetune import base_model
 from edgetune.errors import EdgetuneError, failure, refuse
-from edgetune.stages import Job
+from edgetune.stages import Job, git_blob_id
 
 _CLIENT_FOLDER = ".cache"  # the client keeps its own notes and unfinished files below the folder it fills
 _TOKENS = "https://huggingface.co/settings/tokens"
@@ -169,7 +168,7 @@ class _Download:
         """Note the sha256 of a file that is what it must be; ``unknown``: also when nothing is known of its content."""
         if not path.is_file() or file.size not in (None, path.stat().st_size):
             return False
-        if file.sha256 is None and not (_git_blob_id(path) == file.blob_id if file.blob_id else unknown):
+        if file.sha256 is None and not (git_blob_id(path) == file.blob_id if file.blob_id else unknown):
             return False
         digest = self.job.hashes[path]
         if file.sha256 not in (None, digest):
@@ -274,12 +273,6 @@ def _endpoint() -> str:
 
 def _server() -> str:
     return clean(_endpoint())
-
-
-def _git_blob_id(path: Path) -> str:
-    """Return the name git gives to a file's content."""
-    content = path.read_bytes()  # only what is outside of LFS: small
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.backends import Answer, Backend, OnnxBackend
-from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune.errors import Problem, failure, refuse
 from edgetune.project import Project
 from edgetune.prompt import Encoder
 from edgetune.row import Place, Row
 from edgetune.schema import Workflow
 from edgetune.stages import read_manifest, recover
-from edgetune.text_rows import json_rows
+from edgetune.text_rows import is_decoded, json_rows
 
 Record = dict[str, Any]
 
@@ -28,8 +28,17 @@ def open_backend(project: Project) -> Backend:
 
 
 def rows_from_texts(workflow: Workflow, texts: list[str]) -> list[Row]:
-    """Make a question of each text. Raises EdgetuneError when the template needs more than a text."""
-    return [Row(workflow.contract.question(text), Place("text", number)) for number, text in enumerate(texts, start=1)]
+    """Make a question of each text. Raises EdgetuneError when the template needs more, or a text says nothing."""
+    rows = [Row(workflow.contract.question(text), Place("text", number)) for number, text in enumerate(texts, start=1)]
+    problems = [fault for row in rows for fault in row.faults(workflow.contract, asking=True)]
+    hint = "give it in the encoding of the terminal, or use --prompts with a UTF-8 file"
+    problems += [
+        Problem("the text has bytes of another encoding", str(row.place), hint)
+        for row, text in zip(rows, texts, strict=True)
+        if not is_decoded(text)
+    ]
+    refuse(problems)
+    return rows
 
 
 def rows_from_file(workflow: Workflow, path: Path) -> list[Row]:
@@ -41,8 +50,7 @@ def rows_from_file(workflow: Workflow, path: Path) -> list[Row]:
     problems = [fault for row in rows for fault in row.faults(workflow.contract, asking=True)]
     if not rows:
         problems.append(Problem(f"{path} has no rows", str(path), "write one JSON object on each line"))
-    if problems:
-        raise EdgetuneError(problems)
+    refuse(problems)
     return rows
 
 
@@ -65,8 +73,7 @@ def answers(
         for row, prompt in zip(rows, prompts, strict=True)
         if len(prompt) >= backend.max_length
     ]
-    if problems:
-        raise EdgetuneError(problems)
+    refuse(problems)
     for row, prompt in zip(rows, prompts, strict=True):
         yield row.values, backend.answer(prompt, max_new_tokens=max_new_tokens, on_text=on_text)
 

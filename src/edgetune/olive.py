@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgetune import workflow
 from edgetune.errors import EdgetuneError, Problem, failure, missing_extra
+from edgetune.hub import load_dotenv
 from edgetune.stages import Job, run_lock
 
 
@@ -54,6 +55,14 @@ def _check_folders(job: Job) -> None:
         raise EdgetuneError(problems)
 
 
+def _hub_access(job: Job) -> dict[str, str]:
+    """Let Olive ask the Hub only where data come from it: the base model is here."""
+    if any(data.load_dataset_config.is_hub for data in job.workflow.data_configs):
+        load_dotenv(job.project.dotenv)
+        return {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+    return {"HF_HUB_OFFLINE": "1"}
+
+
 def _run_olive(job: Job) -> None:
     """Run the process. Raises EdgetuneError when it leaves no ONNX model, whatever its exit code."""
     project = job.project
@@ -64,7 +73,7 @@ def _run_olive(job: Job) -> None:
         subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
             command,
             cwd=project.config_folder,
-            env=os.environ | {"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"OLIVE_DISABLE_TELEMETRY": "1"} | _hub_access(job),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -21,13 +21,14 @@ _BAR = 40
 _LABELS_SHOWN = 12
 
 
-def summary(found: dict[str, Any], *, bar: str) -> Iterator[str]:
+def summary(job: Job, found: dict[str, Any], *, bar: str) -> Iterator[str]:
     """Yield lines about every data set; ``bar`` is the character that histograms are drawn with."""
     for role, numbers in found["sets"].items():
         yield "{role:<11} {rows:,} rows, {tokens:,} tokens, longest row {longest}".format(role=role, **numbers)
         yield f"{'':<11} {numbers['learned_tokens'] / numbers['samples']:.1f} tokens learned per sample on average"
-        if numbers["rejected"]:
-            yield f"{'':<11} {numbers['rejected']:,} rows left out: gen-model/data/rejected.jsonl"
+        if left_out := numbers["rejected"]:
+            rows = f"{left_out:,} {'row' if left_out == 1 else 'rows'}"
+            yield f"{'':<11} {rows} left out: {job.project.name(job.project.rejected)}"
         yield from _histogram(numbers["histogram"], bar)
         yield from _labels(numbers["labels"], bar)
 

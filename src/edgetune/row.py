@@ -1,5 +1,7 @@
 """A row of a data set and where it stands."""
 
+import json
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,3 +35,16 @@ class Row(NamedTuple):
         """Return what is wrong with the row, with its place; ``asking``: as a question, which needs no answer."""
         found = [self.fault] if self.fault else contract.faults(self.values, asking=asking)
         return [replace(fault, where=str(self.place)) for fault in found]
+
+
+def as_json(values: Any) -> str:
+    """Write values on one line. What JSON has no word for becomes null (NaN, infinity) or its text (a date)."""
+    return json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,5 @@
 """Set rows aside for evaluation: all rows → ``datasets/train.jsonl`` and ``eval.jsonl``, and the workflow file."""
 
-import json
 import math
 import os
 import shutil
@@ -8,16 +7,15 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from edgetune import config
 from edgetune.dataset import EVAL, TRAIN, all_rows, inputs
 from edgetune.errors import EdgetuneError, Problem, failure
-from edgetune.row import Row
+from edgetune.row import Row, as_json
 from edgetune.source import Edit, JsonSource, Location
-from edgetune.stages import Job, run_lock
+from edgetune.stages import Job, run_lock, text_digest
 
 
 def write_split(job: Job, share: float) -> dict[str, int]:
@@ -34,6 +32,8 @@ def write_split(job: Job, share: float) -> dict[str, int]:
     new = {path: path.with_name(path.name + ".tmp") for path in (*targets.values(), config_file)}
     with run_lock(project):
         inputs(job)
+        if folders := [path for path in targets.values() if path.is_dir()]:
+            raise failure(f"{project.name(folders[0])} is a folder", hint="move it away: the rows go into a file")
         try:
             chosen = _choose(job, share)
             project.split_file(TRAIN).parent.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def _choose(job: Job, share: float) -> set[bytes]:
 
 
 def _digest(job: Job, row: Row) -> bytes:
-    return blake2b(job.workflow.contract.exchanges(row.values)[0][0].encode(), digest_size=8).digest()
+    return text_digest(job.workflow.contract.exchanges(row.values)[0][0])
 
 
 def _write_rows(job: Job, chosen: set[bytes], paths: dict[str, Path]) -> dict[str, int]:
@@ -85,8 +85,7 @@ def _write_rows(job: Job, chosen: set[bytes], paths: dict[str, Path]) -> dict[st
         for row in all_rows(job):
             if not row.faults(job.workflow.contract):
                 role, file = (EVAL, evaluation) if _digest(job, row) in chosen else (TRAIN, train)
-                values = {name: None if value != value else value for name, value in row.values.items()}  # noqa: PLR0124 - NaN is no JSON
-                file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
+                file.write(as_json(row.values) + "\n")
                 counts[role] += 1
     return {role: counts[role] for role in paths}
 

@@ -73,6 +73,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def git_blob_id(path: Path) -> str:
+    """Return the name git gives to a file's content; for small files, which are read as a whole."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def text_digest(text: str) -> bytes:
+    """Return 8 bytes that stand for a text, the same on every machine."""
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
 class Hashes:
     """sha256 of files, remembered by size, times and inode so that large weights are read once."""
 

@@ -110,13 +110,16 @@ class _Common:
     """Counts faults that rows share, to tell once what is wrong with every row."""
 
     def __init__(self) -> None:
+        self.unread = 0
         self.counts = Counter[str]()
         self.first: dict[str, Problem] = {}
         self.columns: tuple[str, ...] = ()
 
     def add(self, row: Row, faults: list[Problem]) -> None:
-        """Count the faults of a row that could be read."""
-        if row.fault is None:
+        """Count the faults of a row, or that it could not be read."""
+        if row.fault:
+            self.unread += 1
+        else:
             for fault in faults:
                 self.counts[fault.message] += 1
                 self.first.setdefault(fault.message, fault)
@@ -124,8 +127,7 @@ class _Common:
 
     def tell_once(self, result: Survey, contract: Contract, place: str) -> None:
         """Turn a fault that every readable row has into one problem of the data set."""
-        unread = sum(1 for faults in result.bad.values() if faults[0].message not in self.counts)
-        readable = result.rows - unread
+        readable = result.rows - self.unread
         missing = {lacks(column): column for column in contract.columns}
         everywhere = {
             message

@@ -20,7 +20,9 @@ from edgetune.source import parse
 
 _DELIMITERS = {",": ",", ";": ";", "\t": "\\t", "|": "|"}  # as JSON writes them
 _LEFT_OVER = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of bytes it cannot decode
+_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CHUNK = 1 << 20  # bytes
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 _REST = "correct this place: what follows was not read"
 
 
@@ -47,7 +49,7 @@ def json_rows(path: Path, name: str, encoding: str = "utf-8") -> Iterator[Row]:
 
 def _json_row(text: str, place: Place, foreign: "_Foreign | None") -> Row:
     text = text.rstrip("\n")
-    if foreign and not _is_decoded(text):
+    if foreign and not is_decoded(text):
         return Row(text, place, foreign.problem)
     try:
         return Row(parse(text), place)
@@ -60,7 +62,7 @@ def _is_one_object(path: Path, encoding: str) -> Problem | None:
     with _open(path, encoding, newline="\n") as file:
         try:
             json.loads(file.readline())
-        except ValueError:
+        except (ValueError, RecursionError):
             file.seek(0)
             try:
                 json.load(file)
@@ -99,8 +101,8 @@ def _array_rows(text: str, name: str, foreign: "_Foreign | None") -> Iterator[Ro
 
 
 def _behind(text: str, at: int) -> int:
-    """Return the position of the next character that is no white space."""
-    found = re.compile(r"\S").search(text, at)
+    """Return the position of the next character that is no white space (JSON has less of it than Python)."""
+    found = _NO_SPACE.search(text, at)
     return found.start() if found else len(text)
 
 
@@ -132,7 +134,7 @@ def csv_rows(path: Path, name: str, load: LoadDataset) -> Iterator[Row]:
                 if problem := _header_fault(header, load.delimiter, foreign):
                     yield Row(fields, place, problem, fatal=True)
                     return
-            elif foreign and not _is_decoded("".join(fields)):
+            elif foreign and not is_decoded("".join(fields)):
                 yield Row(fields, place, foreign.problem)
             elif len(fields) == len(header):
                 yield Row(dict(zip(header, fields, strict=True)), place)
@@ -142,7 +144,7 @@ def csv_rows(path: Path, name: str, load: LoadDataset) -> Iterator[Row]:
 
 def _header_fault(header: list[str], delimiter: str, foreign: "_Foreign | None") -> Problem | None:
     """Return what is wrong with the columns: a mistake there would repeat itself in every row."""
-    if foreign and not _is_decoded("".join(header)):
+    if foreign and not is_decoded("".join(header)):
         return foreign.problem
     if "".join(header).lower().startswith("sep="):
         hint = 'remove this line, and write the mark as "delimiter" into load_dataset_config'
@@ -181,14 +183,17 @@ def _foreign_bytes(path: Path, encoding: str) -> _Foreign | None:
     start = _start(path)
     if start.startswith(b"\x1f\x8b"):
         return _Foreign(Problem("the file is compressed", hint="unpack it"), fatal=True)
+    if codecs.lookup(encoding).name in ("utf-16-le", "utf-16-be") and start[:2] in _MARKS:
+        problem = Problem("the file begins with a byte order mark", hint='write "encoding": "utf-16"')
+        return _Foreign(problem, fatal=True)
     is_utf8 = _codec(encoding) == "utf-8-sig"
-    same_for_ascii = "a".encode(encoding) == b"a"
-    if not is_utf8 and _decodes(path, "utf-8") and not (same_for_ascii and _decodes(path, "ascii")):
+    like_ascii = not start or b"\0" in start or ("a".encode(encoding) == b"a" and _decodes(path, "ascii"))
+    if not is_utf8 and not like_ascii and _decodes(path, "utf-8"):
         problem = Problem(f"the file is UTF-8 text, not {encoding}", hint='remove "encoding" from load_dataset_config')
         return _Foreign(problem, fatal=True)
     if _decodes(path, _codec(encoding)) and not (is_utf8 and b"\0" in start):
         return None
-    wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start
+    wide = start[:2] in _MARKS or b"\0" in start
     hint = "save the file as UTF-8"
     if is_utf8:
         hint += f', or say what it is, such as "encoding": "{"utf-16" if wide else "cp1252"}" in load_dataset_config'
@@ -228,6 +233,6 @@ def _first_character(file: io.TextIOWrapper) -> str:
     return character
 
 
-def _is_decoded(text: str) -> bool:
-    """Tell whether no byte of ``text`` was left over by :func:`_open`."""
+def is_decoded(text: str) -> bool:
+    """Tell whether no byte of ``text`` was left over when it was decoded."""
     return text.isascii() or not _LEFT_OVER.search(text)
