@@ -78,11 +78,11 @@ class _Walker:
 class JsonSource:
     """A JSON file's content together with the line of each of its keys."""
 
-    def __init__(self, path: Path, name: str, encoding: str = "utf-8-sig") -> None:
+    def __init__(self, path: Path, name: str) -> None:
         """Read ``path``; ``name`` is how messages call it. Raises EdgetuneError with the line of a mistake."""
         self.name = name
         try:
-            text = path.read_text(encoding=encoding)
+            text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise failure(f"{name} does not exist", where=name) from None
         except (OSError, UnicodeDecodeError) as error:
@@ -104,13 +104,9 @@ class JsonSource:
 
     def where(self, *location: str | int) -> str:
         """Return ``file:line`` of a value, or of the closest enclosing one that exists."""
-        return f"{self.name}:{self.line(*location)}"
-
-    def line(self, *location: str | int) -> int:
-        """Return the line of a value, or of the closest enclosing one that exists."""
         while location not in self.lines and location:
             location = location[:-1]
-        return self.lines.get(location, 1)
+        return f"{self.name}:{self.lines.get(location, 1)}"
 
     def duplicate_problems(self) -> list[Problem]:
         """Return a problem for each key that stands twice in one object: readers keep only the last."""
