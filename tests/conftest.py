@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+import forked
+
 settings.register_profile("untimed", deadline=None)  # how long a case takes on a busy machine says nothing
 settings.load_profile("untimed")
 
@@ -26,20 +28,27 @@ class Sandbox:
 
     root: Path
 
-    def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, env: Mapping[str, str] | None = None, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         """Run ``edgetune`` in the project, with both outputs captured (so neither is a terminal)."""
-        return self.command(sys.executable, "-m", "edgetune", *arguments, env=env)
+        if env or stdin:
+            return self.command(sys.executable, "-m", "edgetune", *arguments, env=env, stdin=stdin)
+        return forked.run(self.root, *arguments, environment=ENVIRONMENT)
 
     def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run ``make`` in the project with the environment of the tests."""
         return self.command("make", f"VENV={sys.prefix}", *arguments)
 
-    def command(self, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *command: str, env: Mapping[str, str] | None = None, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         """Run any command in the project."""
         return subprocess.run(
             command,
             cwd=self.root,
             env={**ENVIRONMENT, **(env or {})},
+            input=stdin,
             capture_output=True,
             text=True,
             check=False,
@@ -95,6 +104,15 @@ def tuned(rendered: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Sandbo
     """Fine-tune the default project once with its own make target. Not to be changed by tests."""
     sandbox = Sandbox(shutil.copytree(rendered.root, tmp_path_factory.mktemp("a space") / "my-slm"))
     result = sandbox.make("finetune")
+    assert result.returncode == 0, result.stderr
+    return sandbox
+
+
+@pytest.fixture(scope="session")
+def evaluated(tuned: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
+    """Evaluate a copy of the fine-tuned project with its make target. Not to be changed by tests."""
+    sandbox = Sandbox(shutil.copytree(tuned.root, tmp_path_factory.mktemp("evaluated") / "my-slm"))
+    result = sandbox.make("evaluate")
     assert result.returncode == 0, result.stderr
     return sandbox
 

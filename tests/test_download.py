@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from hub_server import COMMIT, SIGNATURE, Fault, HubServer
 TINY = BUILTIN_MODELS["edgetune/tiny-phi3"]
 TINY_FILES = {path.name: path.read_bytes() for path in TINY.iterdir()}
 Fetch = Callable[..., subprocess.CompletedProcess[str]]
-UNUSED = {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"twice", "README.md": b"hello"}
+UNUSED = {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"twice", "notes.md": b"hello"}
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -48,25 +47,15 @@ def hub_project(fresh: Sandbox) -> Sandbox:
     return fresh
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServerContext]:
-    """Fork commands that wait a second for the server and find nobody logged in."""
-    home = str(tmp_path_factory.mktemp("hf-home"))
-    impatient = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": home}
-    with forked.fork_server(impatient) as context:
-        yield context
-
-
 @pytest.fixture
-def fetch(commands: ForkServerContext, hub: HubServer, hub_project: Sandbox) -> Fetch:
+def fetch(hub: HubServer, hub_project: Sandbox) -> Fetch:
     """Return what runs ``edgetune download`` in the project against the server."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         environment = {"HF_ENDPOINT": hub.url} | environment
         if "HF_HUB_OFFLINE" in environment:  # read when the client is imported
             return hub_project.run("download", *arguments, env=environment)
-        root = hub_project.root
-        return forked.run(commands, root, "download", *arguments, environment=ENVIRONMENT | environment)
+        return forked.run(hub_project.root, "download", *arguments, environment=ENVIRONMENT | environment)
 
     return run
 
@@ -599,8 +588,8 @@ def test_architectures_are_those_of_the_exporter() -> None:
     native = set(re.findall(r'"(\w+)"\)', causal))
 
     text = {name for name in exported if name.endswith("ForCausalLM")}
-    refused = {"Gemma3ForCausalLM", "OlmoForCausalLM"}
-    assert UNEXPORTABLE.keys() >= {"gemma3_text", "olmo"}
+    refused = {"Gemma3ForCausalLM", "OlmoForCausalLM", "SmolLM3ForCausalLM"}
+    assert UNEXPORTABLE.keys() >= {"gemma3_text", "olmo", "smollm3"}
     assert text & native - refused == EXPORTABLE
     assert exported - native > NEEDS_REMOTE_CODE
 
@@ -641,7 +630,7 @@ def other_base(folder: Path) -> Path:
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-2:] = b"\x80\x3f"
     (folder / "model.safetensors").write_bytes(weights)
-    (folder / "README.md").write_text("not part of a run")
+    (folder / "notes.md").write_text("not part of a run")
     return folder
 
 
@@ -669,7 +658,22 @@ def test_update_lock_accepts_the_weights_that_are_there(fresh: Sandbox) -> None:
     assert (folder / "model.safetensors").read_bytes() == other
     entry = lock_of(fresh)["edgetune/tiny-phi3"]
     assert entry["source"] == "local"
-    assert "README.md" not in entry["files"]
+    assert "notes.md" not in entry["files"]
+
+
+def test_terms_of_a_model_come_along_and_change_no_result(fresh: Sandbox, tmp_path: Path) -> None:
+    """The model card and licence files are locked with the weights; another card makes nothing out of date."""
+    source = other_base(tmp_path / "other")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    (source / "NOTICE").write_text("by somebody")
+    assert fresh.run("download", "--from", str(source)).returncode == 0
+    assert lock_of(fresh)["edgetune/tiny-phi3"]["files"].keys() >= {"README.md", "NOTICE"}
+    assert fresh.run("data").returncode == 0
+    (fresh.root / "model-cache/edgetune/tiny-phi3/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+
+    assert fresh.run("download", "--update-lock").returncode == 0
+
+    assert fresh.steps()["data"] == "up to date"
 
 
 def test_leftovers_of_an_earlier_try_are_not_mixed_in(

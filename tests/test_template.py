@@ -69,7 +69,12 @@ COMMANDS = {
     "download": "download",
     "data": "data",
     "finetune": "finetune",
+    "verify": "verify",
     "infer": "infer --prompts inferences/prompts.jsonl",
+    "chat": "infer --chat",
+    "evaluate": "evaluate",
+    "report": "report",
+    "package": "package",
     "olive": "finetune --engine olive",
     "status": "status",
 }

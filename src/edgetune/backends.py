@@ -1,17 +1,61 @@
-"""Models that answer prompts. ``infer`` sees only the protocol; here it is ONNX Runtime GenAI."""
+"""The models of a project behind one small interface: transformers for base, adapter and merged, ONNX Runtime for onnx.
+
+A backend takes token ids, so that every model is asked just what it was trained on.
+"""
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from edgetune.errors import failure, missing_extra
-from edgetune.prompt import load_tokenizer
+from edgetune.errors import EdgetuneError, failure, missing_extra
+from edgetune.prompt import context_length, end_token_ids, load_tokenizer
+from edgetune.stages import Job, read_manifest, recover
+from edgetune.stream import OnText, Stream, TransformersStreamer
 
+if TYPE_CHECKING:
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    Logits = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
+BACKENDS = ("base", "adapter", "merged", "onnx")
 GENAI_CONFIG = "genai_config.json"
 """What ONNX Runtime GenAI reads about an exported model: end tokens, context and search options."""
+
+_BATCH_ROWS = 16
+_CACHE_BYTES = 1 << 30  # most memory for the keys and values of a batch
+_DEFAULT_CONTEXT = 2048  # of a base model that does not say
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the most likely one, unless an option asks for chance.
+
+    The names are those of transformers and ONNX Runtime GenAI; ``top_k`` 0 and ``top_p`` 1 leave all tokens in.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as both libraries take them."""
+        chance = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        given = {name: value for name, value in chance.items() if value is not None}
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        chosen = {"do_sample": True, **neutral, **given} if given else {"do_sample": False}
+        return {**chosen, "repetition_penalty": self.repetition_penalty}
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -24,27 +68,209 @@ class Answer:
     prompt_tokens: int
     answer_tokens: int
     seconds: float
+    """Its share of the time its batch took."""
+
+    as_record = asdict
 
 
-class Backend(Protocol):
-    """Continues prompts."""
+@dataclass(frozen=True)
+class Speed:
+    """How long a model takes for one prompt and one answer."""
 
+    prompt_tokens: int
+    prefill_seconds: float
+    answer_tokens: int
+    decode_seconds: float
+
+
+class Backend(ABC):
+    """A model that continues prompts."""
+
+    tokenizer: "Tokenizer"
+    end_ids: frozenset[int]
     max_length: int
     """Most tokens of prompt and answer together."""
+    folder: Path
+    """The model folder whose tokenizer and chat template go with the model."""
 
-    def answer(
-        self, prompt_ids: list[int], *, max_new_tokens: int | None, on_text: Callable[[str], None] | None
-    ) -> Answer:
-        """Generate greedily until an end token or a limit; ``on_text`` gets the pieces as they come."""
+    @abstractmethod
+    def logits(self, ids: Sequence[int], start: int) -> "Logits":
+        """Return float32 logits of shape (len(ids) - start, vocabulary) that foretell ``ids[start:]``."""
+
+    @abstractmethod
+    def speed(self, ids: Sequence[int], new_tokens: int) -> Speed:
+        """Measure one prompt and one answer of ``new_tokens`` tokens, whatever they are."""
+
+    @abstractmethod
+    def _continue(
+        self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, stream: Stream | None
+    ) -> list[list[int]]:
+        """Continue a batch by up to ``new_tokens`` tokens; what follows an end token does not count."""
+
+    def answers(
+        self, prompts: Sequence[list[int]], sampling: Sampling = GREEDY, on_text: OnText | None = None
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield each prompt's number and answer; prompts must leave room for a token.
+
+        In batches of similar length, the longest first; one by one and in order with ``on_text``, and with a seed, so
+        that an answer does not depend on its neighbours.
+        """
+        alone = on_text is not None or sampling.seed is not None
+        batches = ([number] for number in range(len(prompts))) if alone else self._batches(prompts, sampling)
+        for batch in batches:
+            yield from zip(batch, self._answer([prompts[n] for n in batch], sampling, on_text), strict=True)
+
+    def _batches(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[list[int]]:
+        numbers = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+        first = 0
+        while first < len(numbers):
+            longest = len(prompts[numbers[first]])
+            rows = self._rows_at_once(longest + self._limit(longest, sampling), sampling)
+            yield numbers[first : first + rows]
+            first += rows
+
+    def _rows_at_once(self, _length: int, _sampling: Sampling) -> int:
+        """Return how many rows of prompt and answer of this length make a batch."""
+        return _BATCH_ROWS
+
+    def _limit(self, prompt_length: int, sampling: Sampling) -> int:
+        """Return how many tokens an answer may have."""
+        room = self.max_length - prompt_length
+        return min(room, sampling.max_new_tokens or room)
+
+    def _answer(self, prompts: list[list[int]], sampling: Sampling, on_text: OnText | None) -> list[Answer]:
+        started = time.monotonic()
+        limit = self._limit(max(map(len, prompts)), sampling)
+        stream = None if on_text is None else Stream(self._text, on_text)
+        continuations = self._continue(prompts, limit, sampling, stream)
+        seconds = round((time.monotonic() - started) / len(prompts), 4)
+        answers = []
+        for prompt, ids in zip(prompts, continuations, strict=True):
+            ended = any(token in self.end_ids for token in ids)
+            if not ended and limit < self._limit(len(prompt), sampling):
+                # The longest prompt of the batch left this one too little room.
+                answers += self._answer([prompt], sampling, None)
+                continue
+            said = self._before_end(ids)
+            reason = "stop" if ended else "length"
+            answers.append(Answer(self._text(said), reason, len(prompt), len(said) + ended, seconds))
+        if stream is not None:
+            stream.finish()
+        return answers
+
+    def _before_end(self, ids: list[int]) -> list[int]:
+        return ids[: next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(self._before_end(ids), skip_special_tokens=True).strip()
 
 
-def exported_end_ids(genai_config: dict[str, Any]) -> frozenset[int]:
-    """Return the ids at which ONNX Runtime GenAI stops."""
-    ids = genai_config["model"]["eos_token_id"]
-    return frozenset(ids if isinstance(ids, list) else [ids])
+class TorchBackend(Backend):
+    """Weights in safetensors, with or without an adapter, on transformers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        adapter: Path | None = None,
+        trusted: bool = False,
+        max_length: int | None = None,
+    ) -> None:
+        try:
+            import transformers
+        except ImportError as error:
+            raise missing_extra("train", error) from None
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.model = _loaded(folder, dtype, adapter, trusted=trusted).eval()
+        # What the model's own file says about sampling must not mix with what is asked for here.
+        self.model.generation_config = transformers.GenerationConfig()
+        self.folder = folder
+        self.tokenizer = load_tokenizer(folder)
+        self.end_ids = end_token_ids(folder)
+        context = context_length(folder) or _DEFAULT_CONTEXT
+        self.max_length = min(context, max_length or context)
+
+    def logits(self, ids: Sequence[int], start: int) -> "Logits":
+        """Run the model once over the ids."""
+        import torch
+
+        with torch.inference_mode():
+            given = torch.tensor([list(ids[:-1])])
+            output = self.model(input_ids=given, use_cache=False, logits_to_keep=len(ids) - start)
+        return output.logits[0].float().numpy()  # type: ignore[no-any-return]
+
+    def speed(self, ids: Sequence[int], new_tokens: int) -> Speed:
+        """Run the prompt, then token by token on its cache."""
+        import torch
+
+        with torch.inference_mode():
+            started = time.perf_counter()
+            output = self.model(input_ids=torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1)
+            read = time.perf_counter()
+            for _ in range(new_tokens):
+                token = output.logits[:, -1].argmax(-1, keepdim=True)
+                output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            return Speed(len(ids), read - started, new_tokens, time.perf_counter() - read)
+
+    def _continue(
+        self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, stream: Stream | None
+    ) -> list[list[int]]:
+        import torch
+        from transformers import GenerationConfig
+
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        width = max(map(len, prompts))
+        padding = min(self.end_ids, default=0)  # it is masked, so any id will do
+        ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        options = GenerationConfig(
+            max_new_tokens=new_tokens,
+            eos_token_id=sorted(self.end_ids) or None,
+            pad_token_id=padding,
+            **sampling.options,
+        )
+        streamer = None if stream is None else TransformersStreamer(stream)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=options, streamer=streamer
+            )
+        return output[:, width:].tolist()  # type: ignore[no-any-return]
 
 
-class OnnxBackend:
+def _loaded(folder: Path, dtype: str, adapter: Path | None, *, trusted: bool) -> Any:
+    """Load a model as it is trained. Raises EdgetuneError when its files are not what they should be."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    read = folder
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trusted,
+        )
+        if adapter is not None:
+            from peft import PeftModel
+
+            read = adapter
+            model = PeftModel.from_pretrained(model, adapter)
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        hint = "`edgetune finetune` makes it again; for a base model, `edgetune download --from` brings it back"
+        raise failure(f"{read} cannot be loaded: {type(error).__name__}: {said}", hint=hint) from error
+    return model
+
+
+_PLAIN_SEARCH = {"num_beams": 1, "num_return_sequences": 1, "min_length": 0, "no_repeat_ngram_size": 0}
+"""What the model's own file says about these must not mix with what is asked for here."""
+
+
+class OnnxBackend(Backend):
     """An exported model on ONNX Runtime GenAI."""
 
     def __init__(self, folder: Path) -> None:
@@ -54,37 +280,121 @@ class OnnxBackend:
             raise missing_extra("export", error) from None
         self._og = og
         try:
-            self._model = og.Model(str(folder))
+            self.model = og.Model(str(folder))
         except RuntimeError as error:  # the only type the library has
             hint = "run `edgetune export` again"
             raise failure(f"{folder} cannot be loaded: {str(error).splitlines()[0]}", hint=hint) from error
-        self._tokenizer = load_tokenizer(folder)
+        self.folder = folder
+        self.tokenizer = load_tokenizer(folder)
         config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
-        self._end_ids = exported_end_ids(config)
+        self.end_ids = exported_end_ids(config)
         self.max_length = int(config["search"]["max_length"])
+        self._model = config["model"]
+        self._padding = int(config["model"]["pad_token_id"])
 
-    def answer(
-        self, prompt_ids: list[int], *, max_new_tokens: int | None, on_text: Callable[[str], None] | None
-    ) -> Answer:
-        """Generate one answer; the prompt must have fewer than ``max_length`` tokens."""
-        from tokenizers.decoders import DecodeStream
+    def logits(self, ids: Sequence[int], start: int) -> "Logits":
+        """Run the model once over the ids."""
+        generator = self._generator(1, max_length=len(ids))
+        generator.append_tokens(list(ids[:-1]))
+        return generator.get_output("logits")[0, start - 1 :].astype("float32")  # type: ignore[no-any-return]
 
-        started = time.monotonic()
-        length = self.max_length if max_new_tokens is None else len(prompt_ids) + max_new_tokens
-        parameters = self._og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=min(length, self.max_length), do_sample=False)
-        generator = self._og.Generator(self._model, parameters)
-        generator.append_tokens(prompt_ids)
-        stream, ids = DecodeStream(skip_special_tokens=True), []
+    def speed(self, ids: Sequence[int], new_tokens: int) -> Speed:
+        """Run the prompt, then token by token; ``min_length`` keeps the answer from ending."""
+        length = len(ids) + new_tokens
+        generator = self._generator(1, max_length=length + 1, min_length=length + 1)
+        started = time.perf_counter()
+        generator.append_tokens(list(ids))
+        read = time.perf_counter()
+        for _ in range(new_tokens):
+            generator.generate_next_token()
+        return Speed(len(ids), read - started, new_tokens, time.perf_counter() - read)
+
+    def _generator(self, batch_size: int, **options: Any) -> Any:
+        parameters = self._og.GeneratorParams(self.model)
+        parameters.set_search_options(batch_size=batch_size, **{**_PLAIN_SEARCH, **options})
+        return self._og.Generator(self.model, parameters)
+
+    def _rows_at_once(self, length: int, sampling: Sampling) -> int:
+        if sampling.repetition_penalty != 1:  # the library would count padding as said before
+            return 1
+        # The library sets memory aside for the whole length of every row: float32 keys and values on a CPU.
+        decoder = self._model["decoder"]
+        of_token = decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"] * 2 * 4
+        return max(1, min(_BATCH_ROWS, _CACHE_BYTES // int(of_token * length)))
+
+    def _continue(
+        self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, stream: Stream | None
+    ) -> list[list[int]]:
+        # The library takes the padding id for padding wherever it stands in a batch.
+        if len(prompts) > 1 and any(self._padding in prompt for prompt in prompts):
+            return [self._continue([prompt], new_tokens, sampling, stream)[0] for prompt in prompts]
+        width = max(map(len, prompts))
+        options = {**sampling.options, **({} if sampling.seed is None else {"random_seed": sampling.seed})}
+        if "top_k" in options:  # the library reads beyond its vocabulary, where transformers takes all of it
+            options["top_k"] = min(options["top_k"], self._model["vocab_size"])
+        generator = self._generator(len(prompts), max_length=width + new_tokens, **options)
+        generator.append_tokens([prompt + [self._padding] * (width - len(prompt)) for prompt in prompts])
+        answers: list[list[int]] = [[] for _ in prompts]
         while not generator.is_done():
             generator.generate_next_token()
-            ids.append(int(generator.get_next_tokens()[0]))
-            if on_text is not None and (piece := stream.step(self._tokenizer, ids[-1])):
-                on_text(piece)
-        return Answer(
-            text=self._tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            stop_reason="stop" if ids and ids[-1] in self._end_ids else "length",
-            prompt_tokens=len(prompt_ids),
-            answer_tokens=len(ids),
-            seconds=round(time.monotonic() - started, 4),
-        )
+            for answer, token in zip(answers, generator.get_next_tokens(), strict=True):
+                answer.append(int(token))
+            if stream is not None:
+                stream.put(answers[0][-1])
+        return answers
+
+
+def exported_end_ids(genai_config: dict[str, Any]) -> frozenset[int]:
+    """Return the ids at which ONNX Runtime GenAI stops."""
+    ids = genai_config["model"]["eos_token_id"]
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def folder_of(job: Job, name: str) -> Path:
+    """Return the folder of a backend's model. Raises EdgetuneError when there is none, or files of it are gone."""
+    if name == "base":
+        folder = job.base_folder
+        if not (folder / "config.json").is_file():
+            where = job.project.name(folder)
+            raise failure("the base model is not there yet", where=where, hint="run `edgetune download`")
+        return folder
+    stage = {"adapter": "train", "merged": "merge", "onnx": "verify"}[name]
+    folder = job.project.stage_folder(stage)
+    recover(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise _missing(job, name, folder)
+    if lost := [file for file in manifest["outputs"] if not (folder / file).is_file()]:
+        where, hint = job.project.name(folder), "run `edgetune finetune`: it makes it again"
+        raise failure(f"the {name} model has lost {', '.join(lost)}", where=where, hint=hint)
+    return folder
+
+
+def _missing(job: Job, name: str, folder: Path) -> EdgetuneError:
+    project = job.project
+    candidate = project.stage_folder("export")
+    if name == "onnx" and read_manifest(candidate) is not None:
+        where = project.name(candidate)
+        return failure("the model was exported, but not verified yet", where=where, hint="run `edgetune verify`")
+    if name == "onnx" and project.refused_model.is_dir():
+        hint = f"{project.name(project.verdict)} says why; `--backend merged` asks the model before its conversion"
+        return failure("verification refused the exported model", where=project.name(project.refused_model), hint=hint)
+    hint = "run `make finetune` (or `edgetune finetune`) first"
+    return failure(f"there is no {name} model yet", where=project.name(folder), hint=hint)
+
+
+def open_backend(job: Job, name: str) -> Backend:
+    """Load one of ``BACKENDS``. Raises EdgetuneError when its model is not there.
+
+    All of them answer within the context length of the exported model, so that their answers can be compared.
+    """
+    folder = folder_of(job, name)
+    if name == "onnx":
+        return OnnxBackend(folder)
+    return TorchBackend(
+        folder_of(job, "base") if name == "adapter" else folder,
+        dtype=job.workflow.lora.torch_dtype,
+        adapter=folder if name == "adapter" else None,
+        trusted=job.workflow.input_model.load_kwargs.trust_remote_code,
+        max_length=job.workflow.builder.search.get("max_length"),
+    )

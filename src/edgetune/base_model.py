@@ -14,6 +14,9 @@ from edgetune.errors import EdgetuneError, Problem
 from edgetune.prompt import load_tokenizer
 from edgetune.stages import Job
 
+DOCUMENTS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+"""What tells the terms of a model; it changes no result."""
+
 USED_FILES = (
     "config.json",
     "generation_config.json",
@@ -25,7 +28,7 @@ USED_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
-    "LICENSE*",
+    *DOCUMENTS,
 )
 """What a run can use of a repository. Weights in pickle form are not among it."""
 
@@ -49,7 +52,6 @@ EXPORTABLE = frozenset({
     "PhiForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
-    "SmolLM3ForCausalLM",
 })  # fmt: skip
 """Text-generation architectures that both transformers and onnxruntime-genai's builder know."""
 
@@ -65,6 +67,7 @@ UNEXPORTABLE = {
     "gemma3": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
     "gemma3_text": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
     "olmo": "comes out of onnxruntime-genai 0.14.1 with other answers, without any error",
+    "smollm3": "cannot be exported by onnxruntime-genai 0.14.1: it fails at layers without position encoding",
 }
 """Model types that the builder knows, but that would fail after hours of training, or worse, not fail."""
 
@@ -79,7 +82,7 @@ def is_used(name: str, *, code: bool) -> bool:
     """Tell whether a run can use a file of a repository; ``code``: whether that goes for Python files too."""
     if code and re.fullmatch(r"[^/\\]+\.py", name):
         return True
-    return _matches(name, USED_FILES) and not _matches(name, UNUSED_FILES)
+    return matches(name, USED_FILES) and not matches(name, UNUSED_FILES)
 
 
 def used_files(job: Job, folder: Path) -> list[Path]:
@@ -135,7 +138,7 @@ def listing_problems(job: Job, names: Collection[str]) -> list[Problem]:
     hint = "choose a model that ships safetensors weights and tokenizer.json (pickle files are never loaded)"
     missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
     if not any(name.endswith(".safetensors") for name in names if is_used(name, code=False)):
-        pickles = [name for name in names if _matches(name, _PICKLES)]
+        pickles = [name for name in names if matches(name, _PICKLES)]
         missing.append("weights as *.safetensors" + (f", only as pickle ({pickles[0]})" if pickles else ""))
     return [_problem(job, f"has no {name}", hint) for name in missing]
 
@@ -224,7 +227,8 @@ def _is_whole(path: Path) -> bool:
             return False
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a file's name fits one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

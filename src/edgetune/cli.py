@@ -7,16 +7,20 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune import options
+from edgetune.errors import EdgetuneError, GateError, Problem, TerminatedError, failure
 from edgetune.project import Project
 
 if TYPE_CHECKING:
+    from edgetune.backends import Sampling
+    from edgetune.contract import Contract
+    from edgetune.infer import Record
+    from edgetune.row import Row
     from edgetune.schema import Workflow
     from edgetune.stages import Job
 
@@ -115,13 +119,35 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Export the merged model to ONNX (after whatever is missing before it)."""
-    _print_result(_run_steps(arguments, "export"), "export")
+    from edgetune.verify import exported
+
+    job = _run_steps(arguments, "export")
+    model = exported(job, job.keys["export"]) or job.project.stage_folder("export")  # verify may have moved it on
+    print(job.project.name(model))
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Prove that the exported model is the one that was trained; publish it, or set it aside."""
+    from edgetune import workflow
+    from edgetune.verify import Limits, read_verdict
+
+    job, refusal = _start(arguments), None
+    try:
+        workflow.check(job, Limits(arguments.rows, arguments.max_drop))
+    except GateError as error:
+        refusal = error
+    if arguments.json:
+        print(_json(read_verdict(job)))
+    elif not refusal:
+        _print_result(job, "verify")
+    if refusal:
+        raise refusal
 
 
 def finetune(arguments: argparse.Namespace) -> None:
-    """Download, check, train, merge and export; each step only if its inputs changed."""
+    """Download, check, train, merge, export and verify; each step only if its inputs changed."""
     if arguments.engine == "native":
-        _print_result(_run_steps(arguments, "export"), "export")
+        _print_result(_run_steps(arguments, "verify"), "verify")
         return
     from edgetune import config, olive
 
@@ -130,44 +156,180 @@ def finetune(arguments: argparse.Namespace) -> None:
 
 
 def infer(arguments: argparse.Namespace) -> None:
-    """Ask the exported model: texts, or a JSONL file of rows."""
+    """Ask a model: texts, a JSONL file of rows, or in a chat."""
     from edgetune import infer as asking
-    from edgetune import workflow as steps
-    from edgetune.prompt import Encoder
 
-    if bool(arguments.text) == bool(arguments.prompts):
-        raise failure(
-            "nothing to ask" if not arguments.text else "texts and --prompts exclude each other",
-            hint='edgetune infer "some text", or edgetune infer --prompts inferences/prompts.jsonl',
-        )
-    if arguments.output and arguments.output.is_dir():
-        raise failure(f"{arguments.output} is a folder", hint="--output takes the name of a file")
+    _check_ways_to_ask(arguments)
     job = _start(arguments)
-    project, workflow = job.project, job.workflow
-    if arguments.prompts:
-        rows = asking.rows_from_file(workflow, arguments.prompts)
-    else:
-        rows = asking.rows_from_texts(workflow, arguments.text)
-    backend = asking.open_backend(project)
-    encoder = Encoder(workflow.contract, project.stage_folder("export"))
-    if stale := steps.stale(job):
-        _tell(f"warning: the exported model is older than the project ({stale}); `edgetune finetune` renews it")
-    stream = _write if sys.stdout.isatty() and arguments.text and not arguments.json else None
-    started, records = time.monotonic(), []
-    for row, answer in asking.answers(encoder, backend, rows, max_new_tokens=arguments.max_new_tokens, on_text=stream):
-        records.append(asking.as_record(row, answer))
-        if arguments.json:
-            print(_json(records[-1], indent=None), flush=True)
-        elif arguments.prompts:
-            print(workflow.contract.shown(row), "→", answer.text, flush=True)
-        else:
-            print("" if stream else answer.text, flush=True)
-    said = asking.summary(records, time.monotonic() - started)
-    output = arguments.output or (project.outputs("onnx") if arguments.prompts else None)
+    given = asking.settings(arguments.set)
+    if arguments.chat:
+        _chat(job, arguments, given)
+        return
+    rows = _questions(job.workflow.contract, arguments, given)
+    _warn_of_old_results(job, arguments.backend)
+    records = _ask(job, arguments, rows)
+    said = asking.summary(records)
+    output = arguments.output or (job.project.outputs(arguments.backend) if arguments.prompts else None)
     if output:
         asking.write_records(output, records)
-        said += f"; written to {project.name(output.absolute())}"
+        said += f"; written to {job.project.name(output.absolute())}"
     _tell(said)
+
+
+def _check_ways_to_ask(arguments: argparse.Namespace) -> None:
+    """End with a usage error when options exclude each other."""
+    given = {
+        "a text": arguments.text,
+        "--prompts": arguments.prompts,
+        "--set": arguments.set,
+        "--output": arguments.output,
+        "--json": arguments.json,
+    }
+    if arguments.chat and (wrong := [name for name in given if given[name] and name != "--set"]):
+        arguments.refuse(f"--chat asks for lines itself: leave out {', '.join(wrong)}")
+    if arguments.prompts and (wrong := [name for name in ("a text", "--set") if given[name]]):
+        arguments.refuse(f"--prompts brings whole rows: leave out {', '.join(wrong)}")
+    if arguments.output and arguments.output.is_dir():
+        raise failure(f"{arguments.output} is a folder", hint="--output takes the name of a file")
+
+
+def _questions(contract: "Contract", arguments: argparse.Namespace, given: dict[str, str]) -> "list[Row]":
+    """Read what is asked, from the command line, a file or the standard input."""
+    from edgetune import infer as asking
+
+    if arguments.prompts:
+        return asking.rows_from_file(contract, arguments.prompts, _stdin())
+    texts = arguments.text
+    if not texts and given.keys() >= set(contract.prompt_columns):
+        return asking.rows_from_texts(contract, [None], given)
+    if not texts and _stdin().isatty():
+        arguments.refuse("nothing to ask: give a text, --prompts FILE.jsonl or --chat")
+    if asking.STDIN in (texts or [asking.STDIN]):
+        contract.question("", given)  # before a person types in vain
+        piped = asking.text_from(_stdin())
+        texts = [piped if text == asking.STDIN else text for text in texts or [asking.STDIN]]
+    return asking.rows_from_texts(contract, texts, given)
+
+
+def _ask(job: "Job", arguments: argparse.Namespace, rows: "list[Row]") -> "list[Record]":
+    """Answer and print. What libraries print meanwhile goes to the log, so this keeps to the real output."""
+    from edgetune import infer as asking
+
+    screen = sys.stdout
+    streamed = screen.isatty() and not arguments.prompts and not arguments.json
+    held = screen.isatty() and job.progress.live and not streamed  # a progress bar and answers would mix
+    line = partial(_answer_line, arguments, job.workflow.contract, _encoding())
+    records: list[Record] = []
+    asker = asking.Asker.open(job, arguments.backend)
+    with job.progress.running("infer", job.project.log("infer")):
+        stream = partial(_write, screen) if streamed else None
+        for row, record in zip(rows, asking.answers(job, asker, rows, _sampling(arguments), stream), strict=True):
+            records.append(record)
+            if not held:
+                print("" if streamed else line(row, record), file=screen, flush=True)
+    for row, record in zip(rows, records, strict=True) if held else ():
+        print(line(row, record))
+    return records
+
+
+def _answer_line(
+    arguments: argparse.Namespace, contract: "Contract", encoding: str, row: "Row", record: "Record"
+) -> str:
+    if arguments.json:
+        return _json(record, indent=None, encoding=encoding)
+    return f"{contract.shown(row.values)} → {record['answer']}" if arguments.prompts else str(record["answer"])
+
+
+def _chat(job: "Job", arguments: argparse.Namespace, given: dict[str, str]) -> None:
+    from edgetune import chat
+    from edgetune import infer as asking
+
+    chat.check(job.workflow.contract, given)
+    _warn_of_old_results(job, arguments.backend)
+    asker = asking.Asker.open(job, arguments.backend)
+    sampling = _sampling(arguments)
+    chat.Chat(asker, sampling, given, write=partial(_write, sys.stdout), tell=_tell).run(_line_reader())
+
+
+def _stdin() -> BinaryIO:
+    return sys.stdin.buffer if sys.stdin is not None else io.BytesIO()  # the standard input may be closed
+
+
+def _line_reader() -> Callable[[], str]:
+    """Return what reads a line: behind a prompt with history on a terminal, plainly from a pipe."""
+    if _stdin().isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its history
+        return partial(input, "> ")
+    lines = io.TextIOWrapper(_stdin(), encoding="utf-8", errors="surrogateescape")
+
+    def read() -> str:
+        if line := lines.readline():
+            return line.rstrip("\r\n")
+        raise EOFError
+
+    return read
+
+
+def _sampling(arguments: argparse.Namespace) -> "Sampling":
+    from dataclasses import fields
+
+    from edgetune.backends import Sampling
+
+    return Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
+
+
+def _warn_of_old_results(job: "Job", backend: str) -> None:
+    from edgetune import infer as asking
+
+    if stale := asking.stale(job, backend):
+        _tell(f"warning: the {backend} model is older than the project ({stale}); `edgetune finetune` renews it")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure base, adapter, merged and exported model on the evaluation data."""
+    from edgetune import evaluate as measuring
+
+    job = _start(arguments)
+    measuring.check_data(job)
+    refusal = _tuned(job)
+    found = measuring.evaluate(job, arguments.limit)
+    print(_json(found) if arguments.json else "\n".join(measuring.table(found)))
+    if refusal:
+        raise refusal
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the report (after whatever is missing for it): training, data, quality, checks, speed and versions."""
+    from edgetune import evaluate as measuring
+    from edgetune import report as reporting
+
+    job = _start(arguments)
+    refusal = _tuned(job)
+    if job.workflow.eval_data:
+        measuring.evaluate(job, measuring.last_limit(job))
+    print(job.project.name(reporting.write(job)))
+    if refusal:
+        raise refusal
+
+
+def _tuned(job: "Job") -> GateError | None:
+    """Bring every step up to date; a model that verify sets aside is what one wants to look into, so go on with it."""
+    from edgetune import workflow
+
+    try:
+        workflow.run(job, "verify")
+    except GateError as error:
+        return error
+    return None
+
+
+def package(arguments: argparse.Namespace) -> None:
+    """Assemble what is deployed: the verified model, its card, licences and checksums."""
+    from edgetune import package as packing
+
+    job = _start(arguments)
+    print(job.project.name(packing.build(job, zipped=arguments.zip)))
 
 
 def status(arguments: argparse.Namespace) -> None:
@@ -186,88 +348,18 @@ def _print_result(job: "Job", stage: str) -> None:
     print(job.project.name(job.project.stage_folder(stage)))
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _write(screen: TextIO, text: str) -> None:
+    screen.write(text)
+    screen.flush()
 
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from importlib.metadata import version
-
-    parser = argparse.ArgumentParser(
-        prog="edgetune", description="Fine-tune a small language model and ship it as int4 ONNX."
-    )
-    parser.add_argument("--version", action="version", version=f"edgetune {version('edgetune')}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        text = run.__doc__ or ""
-        added = commands.add_parser(run.__name__, help=text.rstrip("."), description=text)
-        added.set_defaults(run=run)
-        added.add_argument("--project", type=Path, default=Path(), metavar="DIR", help="the project (default: here)")
-        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return added
-
-    get = command(download)
-    get.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="copy the base model from a folder")
-    get.add_argument("--update-lock", action="store_true", help="accept other bytes than the locked ones")
-    check = command(data)
-    check.add_argument(
-        "--show", type=_count, default=1, metavar="N", help="print N samples token by token (default: 1)"
-    )
-    check.add_argument(
-        "--write-split", type=_share, metavar="SHARE", help="set a share of all rows aside for evaluation, such as 0.1"
-    )
-    check.add_argument("--json", action="store_true", help="print JSON")
-    tune = command(finetune)
-    for step in (check, tune, *map(command, (train, merge, export))):
-        step.add_argument("--max-bad", type=_count, metavar="N", help="leave out up to N rows that are bad")
-    tune.add_argument(
-        "--engine",
-        choices=("native", "olive"),
-        default="native",
-        help="who runs the workflow file (default: native)",
-    )
-    ask = command(infer)
-    ask.add_argument("text", nargs="*", help="fills the prompt column")
-    ask.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="rows with the prompt columns")
-    ask.add_argument("--output", type=Path, metavar="FILE.jsonl", help="where answers are written")
-    ask.add_argument("--max-new-tokens", type=_positive, metavar="N", help="limit of an answer's length")
-    ask.add_argument("--backend", choices=("onnx",), default="onnx", help="the model that answers (default: onnx)")
-    ask.add_argument("--json", action="store_true", help="print JSON lines")
-    command(status).add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, such as 0.1 for a tenth")
-    return value
-
-
-def _json(content: Any, indent: int | None = 2) -> str:
+def _json(content: Any, indent: int | None = 2, encoding: str = "") -> str:
     """Write JSON that stays JSON on an output of another encoding than UTF-8."""
-    return json.dumps(content, indent=indent, ensure_ascii=_encoding() != "utf-8")
+    return json.dumps(content, indent=indent, ensure_ascii=(encoding or _encoding()) != "utf-8")
 
 
 def _encoding() -> str:
@@ -283,14 +375,15 @@ def _report(problems: tuple[Problem, ...]) -> None:
         _tell(f"error: … and {len(problems) - _MOST_PROBLEMS} more like these")
 
 
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+def _terminate(_signal: int, _frame: object) -> None:
+    raise TerminatedError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 fixable, 2 usage, 3 gate failed, 130 interrupted)."""
-    arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    commands = (download, data, finetune, train, merge, export, verify, infer, evaluate, report, package, status)
+    arguments = options.parser(commands).parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console of another encoding is no reason to stop

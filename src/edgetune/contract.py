@@ -6,7 +6,7 @@ here, so that rows can be checked before a base model is there.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,8 +45,12 @@ class Contract(Protocol):
     def example(self) -> dict[str, Any]:
         """Return a row that is as short as can be."""
 
-    def question(self, text: str) -> dict[str, Any]:
-        """Return the row that asks ``text``. Raises EdgetuneError when a text alone makes no question."""
+    def question(self, text: str | None, given: Mapping[str, str], said: Sequence[Turn] = ()) -> dict[str, Any]:
+        """Return the row that asks ``text``, with the columns that are ``given``.
+
+        ``said``: what was asked and answered before; only a conversation goes on from there. Raises EdgetuneError
+        when that makes no question.
+        """
 
     def filled(self, text: str) -> dict[str, Any]:
         """Return a question with ``text`` wherever one goes."""
@@ -141,14 +145,20 @@ class Template:
         """Return a row of single letters."""
         return dict.fromkeys(self.columns, "a")
 
-    def question(self, text: str) -> dict[str, Any]:
-        """Put ``text`` into the prompt column. Raises EdgetuneError when there are several."""
-        if len(self.prompt_columns) > 1:
+    def question(self, text: str | None, given: Mapping[str, str], _said: Sequence[Turn] = ()) -> dict[str, Any]:
+        """Put ``text`` into the one prompt column that is not given. Raises EdgetuneError when that does not fit."""
+        left = [column for column in self.prompt_columns if column not in given]
+        if foreign := [column for column in given if column not in self.prompt_columns]:
+            raise failure(f"the prompt has no column {foreign[0]!r}", hint=f"it has: {', '.join(self.prompt_columns)}")
+        if text is not None and not left:
+            hint = "leave the text out, or one of --set"
+            raise failure(f"all columns of the prompt are given ({', '.join(given)}): the text fills none", hint=hint)
+        if len(left) > (0 if text is None else 1):
             raise failure(
-                f"the prompt is made of the columns {', '.join(self.prompt_columns)}: a text alone cannot fill them",
-                hint="use --prompts FILE.jsonl with one object of these columns on each line",
+                f"the prompt is made of the columns {', '.join(self.prompt_columns)}; not filled: {', '.join(left)}",
+                hint="a text fills one, --set COLUMN=VALUE another; or use --prompts FILE.jsonl with all of them",
             )
-        return self.filled(text)
+        return {column: given.get(column, text) for column in self.prompt_columns}
 
     def filled(self, text: str) -> dict[str, Any]:
         """Return a row with ``text`` in every prompt column."""
@@ -244,9 +254,13 @@ class Conversation:
         """Return a conversation of single letters."""
         return {self.column: [{"role": role, "content": "a"} for role in ("user", "assistant")]}
 
-    def question(self, text: str) -> dict[str, Any]:
-        """Return a conversation that begins with ``text``."""
-        return self.filled(text)
+    def question(self, text: str | None, given: Mapping[str, str], said: Sequence[Turn] = ()) -> dict[str, Any]:
+        """Return the conversation so far with ``text`` at its end. Raises EdgetuneError when columns are given."""
+        if given or text is None:
+            message = "the rows of this project are chats, which have no columns for --set to fill"
+            raise failure(message, hint="give a text, or use --prompts with a list of messages on each line")
+        turns = [*(part for turn in said for part in zip(("user", "assistant"), turn, strict=True)), ("user", text)]
+        return {self.column: [{"role": role, "content": content} for role, content in turns]}
 
     def filled(self, text: str) -> dict[str, Any]:
         """Return a conversation that begins with ``text``."""

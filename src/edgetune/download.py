@@ -46,12 +46,12 @@ _Lock = TypeAdapter(dict[str, LockEntry])
 
 
 def digests(job: Job, *, weights: bool) -> dict[str, str]:
-    """Return the sha256 of the base model's files from the lock: all of them, or those that decide on token ids."""
+    """Return the sha256 of the base model's files from the lock: those that decide on results, or on token ids."""
     locked = _read_lock(job).get(job.base_id)
     return {
         name: entry.sha256
         for name, entry in (locked.files if locked else {}).items()
-        if weights or name.startswith(_TEXT_FILES)
+        if (weights and not base_model.matches(name, base_model.DOCUMENTS)) or name.startswith(_TEXT_FILES)
     }
 
 
@@ -75,7 +75,7 @@ def download(job: Job, *, source: Path | None = None, update_lock: bool = False)
     if locked is not None and not update_lock:
         _check_revision(job, locked)
         _finish(job, locked)
-        if _has_changed_files(job, locked):
+        if _changed(job, locked):
             raise _differs(job, f"files in {job.project.name(folder)} differ from")
     if source is None and _may_adopt(job, locked, update_lock=update_lock):
         job.progress.say(f"found weights in {job.project.name(folder)}, adopting them")
@@ -97,7 +97,7 @@ def download(job: Job, *, source: Path | None = None, update_lock: bool = False)
 def _finish(job: Job, locked: LockEntry) -> None:
     """Publish what an ``update_lock`` had fetched and locked when it was killed."""
     partial = partial_folder(job.base_folder)
-    if _has_changed_files(job, locked) and is_intact(partial, locked.as_outputs(), job.hashes):
+    if _changed(job, locked) and is_intact(partial, locked.as_outputs(), job.hashes):
         publish(partial, job.base_folder)
 
 
@@ -105,7 +105,7 @@ def _may_adopt(job: Job, locked: LockEntry | None, *, update_lock: bool) -> bool
     """Tell whether the files that are there become the base: before any lock, or to replace another one."""
     if not job.base_folder.is_dir() or not base_model.used_files(job, job.base_folder):
         return False
-    return locked is None or (update_lock and (locked.source == "local" or _has_changed_files(job, locked)))
+    return locked is None or (update_lock and (locked.source == "local" or bool(_changed(job, locked))))
 
 
 def _fetch(job: Job, target: Path, source: Path | None, locked: LockEntry | None) -> LockEntry:
@@ -164,11 +164,15 @@ def _check_revision(job: Job, locked: LockEntry) -> None:
         )
 
 
-def _has_changed_files(job: Job, locked: LockEntry) -> bool:
-    """Tell whether a file that is there is not the locked one."""
-    files = locked.as_outputs()
-    present = {name: entry for name, entry in files.items() if (job.base_folder / name).is_file()}
-    return not is_intact(job.base_folder, present, job.hashes)
+def changed_files(job: Job) -> list[Path]:
+    """Return the files of the base model that are there with other bytes than the locked ones."""
+    locked = _read_lock(job).get(job.base_id)
+    return [] if locked is None else _changed(job, locked)
+
+
+def _changed(job: Job, locked: LockEntry) -> list[Path]:
+    paths = {job.base_folder / name: {name: entry} for name, entry in locked.as_outputs().items()}
+    return [path for path, entry in paths.items() if path.is_file() and not is_intact(path.parent, entry, job.hashes)]
 
 
 def _gone(job: Job, locked: LockEntry) -> EdgetuneError:

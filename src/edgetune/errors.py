@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class EdgetuneError(Exception):
         self.problems = tuple(problems)
         super().__init__("; ".join(problem.message for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Problem, ...]]]:
+        """Let it travel between processes with its problems."""
+        return type(self), (self.problems,)
+
+
+class GateError(EdgetuneError):
+    """A quality gate said no (exit code 3): the result is there, and is not what it ought to be."""
+
+    exit_code = 3
+
 
 def failure(message: str, *, where: str = "", hint: str = "") -> EdgetuneError:
     """Make the error for a single problem."""
@@ -40,3 +51,7 @@ def missing_extra(extra: str, cause: ImportError) -> EdgetuneError:
         f"the package {cause.name!r} is not installed" if cause.name else f"a package cannot be loaded: {cause}",
         hint=f"run `make setup` in the project, or install edgetune's extra {extra!r}",
     )
+
+
+class TerminatedError(KeyboardInterrupt):
+    """The program was told to end: unlike Ctrl-C, nothing may go on after this."""

@@ -37,14 +37,15 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     adapter = job.project.stage_folder("train")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     scale = config["lora_alpha"] / config["r"]
-    pairs = _pairs(load_file(adapter / "adapter_model.safetensors"))
+    pairs = lora_pairs(load_file(adapter / "adapter_model.safetensors"))
     shards, merged = sorted(job.base_folder.glob("*.safetensors")), 0
     for number, shard in enumerate(shards, start=1):
         with safe_open(shard, framework="pt") as source:
             tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118 - not a mapping
             metadata = source.metadata()
         for name in tensors.keys() & pairs.keys():
-            tensors[name] = _merged(tensors[name], *pairs.pop(name), scale)
+            weight = tensors[name]
+            tensors[name] = merged_matrix(weight, *pairs.pop(name), scale).to(weight.dtype)
             merged += 1
         save_file(tensors, folder / shard.name, metadata=metadata)
         job.progress.advance(number, len(shards), shard.name)
@@ -61,10 +62,10 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     return {"merged_matrices": merged, "scale": scale}
 
 
-STAGE = Stage("merge", 1, inputs, build)
+STAGE = Stage("merge", 2, inputs, build)
 
 
-def _pairs(adapter: dict[str, "torch.Tensor"]) -> dict[str, tuple["torch.Tensor", "torch.Tensor"]]:
+def lora_pairs(adapter: dict[str, "torch.Tensor"]) -> dict[str, tuple["torch.Tensor", "torch.Tensor"]]:
     """Return A of shape (r, in) and B of shape (out, r) by the name of the base tensor they change."""
     if unknown := [name for name in adapter if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
         raise failure(
@@ -79,6 +80,14 @@ def _pairs(adapter: dict[str, "torch.Tensor"]) -> dict[str, tuple["torch.Tensor"
     return pairs
 
 
-def _merged(weight: "torch.Tensor", a: "torch.Tensor", b: "torch.Tensor", scale: float) -> "torch.Tensor":
-    """Return W + s·BA (https://arxiv.org/abs/2106.09685, section 4.1), in float32 until the last rounding."""
-    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+def merged_matrix(weight: "torch.Tensor", a: "torch.Tensor", b: "torch.Tensor", scale: float) -> "torch.Tensor":
+    """Return W + s·BA (https://arxiv.org/abs/2106.09685, section 4.1) in a wider type than W's, not rounded yet."""
+    wide = wider(weight.dtype)
+    return weight.to(wide) + scale * (b.to(wide) @ a.to(wide))
+
+
+def wider(dtype: "torch.dtype") -> "torch.dtype":
+    """Return the type in which sums of a weight's dtype have bits to spare."""
+    import torch
+
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -42,6 +42,7 @@ class Progress:
         self._bar: Bar | None = None
         self._last_plain = 0.0
         self._transfer_start: tuple[float, int] | None = None
+        self._pace: tuple[float, float, float] | None = None  # when, done and total of the first report of a count
         self._libraries = _LibraryOutput()
 
     def say(self, text: str, **fields: Any) -> None:
@@ -64,7 +65,7 @@ class Progress:
             return
         self._event("progress", done=done, total=total, text=text)
         if not self.live:
-            self._write(f"{self.stage:<9} {done:g}/{total:g}  {text}".rstrip())
+            self._write(f"{self.stage:<9} {done:g}/{total:g}  {text}{self._time_left(done, total)}".rstrip())
 
     def transfer(self, done: int, total: int) -> None:
         """Report how many bytes are there; the first report of a stage says how many were there before it."""
@@ -79,6 +80,15 @@ class Progress:
         if not self.live:
             self._write(f"{self.stage:<9} {_bytes(done, total)}  {decimal(rate, precision=0)}/s")
 
+    def _time_left(self, done: float, total: float) -> str:
+        """Say how long the rest takes at the pace since counting began; nothing while there is no pace yet."""
+        now = time.monotonic()
+        if self._pace is None or done <= self._pace[1] or self._pace[2] != total:
+            self._pace = now, done, total
+        since, first, _ = self._pace
+        seconds = round((now - since) * (total - done) / (done - first)) if done > first else 0
+        return f"  ({timedelta(seconds=seconds)} left)" if seconds else ""
+
     def _is_due(self, now: float, *, finished: bool) -> bool:
         """Tell whether it is time for a line: some seconds after the last one, and at the end."""
         if now - self._last_plain < _PLAIN_INTERVAL and not finished:
@@ -89,7 +99,7 @@ class Progress:
     @contextmanager
     def running(self, stage: str, log: Path) -> Iterator[None]:
         """Name the current stage and keep what libraries print meanwhile in ``log``."""
-        self.stage, self._transfer_start = stage, None
+        self.stage, self._transfer_start, self._pace = stage, None, None
         self._last_plain = started = time.monotonic()
         self._event("start")
         log.parent.mkdir(parents=True, exist_ok=True)

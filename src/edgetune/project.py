@@ -70,12 +70,47 @@ class Project:
 
     def stage_folder(self, stage: str) -> Path:
         """Return the folder a stage publishes."""
-        return self.results / {"train": "adapter", "merge": "merged", "export": "onnx"}.get(stage, stage)
+        names = {"train": "adapter", "merge": "merged", "export": "onnx.candidate", "verify": "onnx"}
+        return self.results / names.get(stage, stage)
+
+    @property
+    def refused_model(self) -> Path:
+        """Where ``verify`` sets an exported model aside that did not pass."""
+        return self.results / "onnx.rejected"
+
+    @property
+    def verdict(self) -> Path:
+        """What ``verify`` found."""
+        return self.results / "verify.json"
 
     @property
     def rejected(self) -> Path:
         """The rows that were left out, with the reasons."""
         return self.stage_folder("data") / "rejected.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """What every backend answered to the evaluation data."""
+        return self.results / "evaluation"
+
+    @property
+    def metrics(self) -> Path:
+        """What ``evaluate`` found."""
+        return self.results / "report" / "metrics.json"
+
+    def report(self, kind: str) -> Path:
+        """Return the report as ``html`` or ``md``."""
+        return self.results / "report" / f"report.{kind}"
+
+    @property
+    def package(self) -> Path:
+        """What is deployed: the model, its card, licences and checksums."""
+        return self.results / "package"
+
+    @property
+    def archive(self) -> Path:
+        """The package as one file."""
+        return self.results / f"{self.root.name}.zip"
 
     @property
     def olive_output(self) -> Path:
@@ -100,6 +135,10 @@ class Project:
     def log(self, stage: str) -> Path:
         """Return the file that keeps what the libraries print during a stage."""
         return self.results / "logs" / f"{stage}.log"
+
+    def tracker_folder(self, name: str) -> Path:
+        """Return where an experiment tracker keeps its files."""
+        return self.results / "logs" / name
 
     def outputs(self, backend: str) -> Path:
         """Return the default file for answers to ``--prompts``."""

@@ -50,6 +50,10 @@ class System(Strict):
     accelerators: Annotated[list[Accelerator], Field(min_length=1, max_length=1)]
 
 
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+"""Experiment trackers that ``report_to`` may name."""
+
+
 class _TrainingArguments(Strict):
     """The arguments with a default of Olive's, or that every run needs to be sane."""
 
@@ -65,6 +69,14 @@ class _TrainingArguments(Strict):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     gradient_checkpointing: bool | None = None
+
+    @field_validator("report_to")
+    @classmethod
+    def _are_known_trackers(cls, value: str | list[str]) -> str | list[str]:
+        names = [value] if isinstance(value, str) else value
+        if wrong := [name for name in names if name not in (*TRACKERS, "none")]:
+            raise ValueError(f"{wrong[0]!r} is no tracker; there are {', '.join(TRACKERS)}, or none")
+        return value
 
 
 PASSED_ON_ARGUMENTS = (

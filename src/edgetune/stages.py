@@ -108,6 +108,10 @@ class Hashes:
             self.changed = True
         return digest
 
+    def forget(self) -> None:
+        """Read every file again from now on."""
+        self.known, self.changed = {}, True
+
     def save(self) -> None:
         """Write what was learned; a cache that cannot be written only costs time."""
         if self.changed and self.cache.parent.is_dir():
@@ -123,6 +127,15 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     temporary.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return an object from a JSON file, or None when there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def key_of(stage: str, format_number: int, inputs: Mapping[str, Any]) -> str:
     """Return the key of a stage: raise ``format_number`` when the same inputs give another result."""
     content = json.dumps([stage, format_number, inputs], sort_keys=True, ensure_ascii=False)
@@ -131,11 +144,8 @@ def key_of(stage: str, format_number: int, inputs: Mapping[str, Any]) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a published folder's manifest, or None when there is none that can be read."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and "key" in content and "outputs" in content else None
+    content = read_json(folder / MANIFEST)
+    return content if content is not None and "key" in content and "outputs" in content else None
 
 
 def list_outputs(folder: Path, hashes: Hashes | None = None) -> dict[str, dict[str, Any]]:
@@ -148,12 +158,18 @@ def list_outputs(folder: Path, hashes: Hashes | None = None) -> dict[str, dict[s
     }
 
 
+def changes(folder: Path, outputs: Mapping[str, Mapping[str, Any]], hashes: Hashes) -> Iterator[str]:
+    """Yield the names of listed files that are not there with the listed bytes."""
+    for name, entry in outputs.items():
+        path = folder / name
+        whole = path.is_file() and path.stat().st_size == entry["size"] and hashes[path] == entry["sha256"]
+        if not whole:
+            yield name
+
+
 def is_intact(folder: Path, outputs: Mapping[str, Mapping[str, Any]], hashes: Hashes) -> bool:
     """Tell whether every listed file is there with the listed bytes."""
-    return all(
-        (path := folder / name).is_file() and path.stat().st_size == entry["size"] and hashes[path] == entry["sha256"]
-        for name, entry in outputs.items()
-    )
+    return next(changes(folder, outputs, hashes), None) is None
 
 
 def is_current(folder: Path, key: str, hashes: Hashes) -> bool:
@@ -194,7 +210,7 @@ def building(folder: Path, stage: str, key: str, inputs: Mapping[str, Any]) -> I
         partial.mkdir(parents=True)
         key_file.write_text(key, encoding="utf-8")
     started, build = time.monotonic(), Build(partial, {})
-    _reset_peak_memory()
+    reset_peak_memory()
     yield build
     key_file.unlink()
     manifest = {
@@ -202,9 +218,9 @@ def building(folder: Path, stage: str, key: str, inputs: Mapping[str, Any]) -> I
         "key": key,
         "inputs": inputs,
         "outputs": list_outputs(partial),
-        "versions": _versions(),
+        "versions": versions(),
         "seconds": round(time.monotonic() - started, 2),
-        "peak_rss_mb": _peak_memory_mb(),
+        "peak_rss_mb": peak_memory_mb(),
         "metrics": build.metrics,
     }
     write_json(partial / MANIFEST, manifest)
@@ -231,7 +247,8 @@ def recover(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide on results."""
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -239,13 +256,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Start a new high-water mark, where the system has one per process that can be reset (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """Return the largest resident memory of this process in MB, since the last reset where it can be reset."""
     with suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune import trackers
 from edgetune.dataset import Tokens
 from edgetune.download import digests
 from edgetune.errors import EdgetuneError, Problem, failure, missing_extra
@@ -60,6 +61,7 @@ _ONLY_TIME_AND_LOGS = {
     "logging_first_step",
     "logging_steps",
     "logging_strategy",
+    "project",
     "report_to",
     "run_name",
     "save_total_limit",
@@ -70,6 +72,7 @@ _ONLY_TIME_AND_LOGS = {
 def build(job: Job, folder: Path) -> dict[str, Any]:
     """Train and save the adapter into ``folder``. Raises EdgetuneError for a configuration that cannot work."""
     check_target_modules(job)
+    trackers.check(job)
     job.progress.advance(0, 1, "loading torch and the base model")
     try:
         import torch
@@ -77,6 +80,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     except ImportError as error:
         raise missing_extra("train", error) from None
     transformers.utils.logging.set_verbosity_error()
+    trackers.prepare(job)
     tokens = Tokens(job.project.stage_folder("data"), "train")
     arguments = _training_arguments(job, folder / _CHECKPOINTS)
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
@@ -95,6 +99,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
         job.progress.say("no evaluation data: `edgetune data --write-split 0.1` sets some rows aside")
     trainer.remove_callback(transformers.PrinterCallback)
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job, folder / _CHECKPOINTS))
+    trackers.finish(job)
     metrics = _metrics(trainer, result.metrics)
     if not all(torch.isfinite(weight).all() for weight in model.parameters() if weight.requires_grad):
         # The checkpoints hold the same; without them, the next run starts over.
@@ -165,6 +170,8 @@ def _training_arguments(job: Job, output: Path) -> Any:
     given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
     given.setdefault("save_total_limit", 2)
     given.setdefault("gradient_checkpointing", False)
+    given.setdefault("run_name", trackers.run_name(job))
+    given.setdefault("project", job.project.root.name)
     given.setdefault("dataloader_pin_memory", False)
     with _argument_errors(job):
         return TrainingArguments(

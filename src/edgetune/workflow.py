@@ -1,10 +1,12 @@
-"""Run the steps in order: download → data → train → merge → export, each only when its inputs changed."""
+"""Run the steps in order: download → data → train → merge → export → verify, each only when its inputs changed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune import dataset, download, export, merge, train
+from edgetune import dataset, download, export, merge, train, verify
 from edgetune.errors import EdgetuneError
 from edgetune.stages import (
     Job,
@@ -20,7 +22,7 @@ from edgetune.stages import (
 )
 
 STAGES: tuple[Stage, ...] = (dataset.STAGE, train.STAGE, merge.STAGE, export.STAGE)
-STEPS = ("download", *(stage.name for stage in STAGES))
+STEPS = ("download", *(stage.name for stage in STAGES), "verify")
 
 
 def run(job: Job, last: str, *, source: Path | None = None, update_lock: bool = False) -> None:
@@ -29,15 +31,65 @@ def run(job: Job, last: str, *, source: Path | None = None, update_lock: bool = 
     ``source`` and ``update_lock`` are for the download. Raises EdgetuneError; what earlier runs published
     stays until its successor is complete.
     """
+    with _writing(job):
+        _run_steps(job, last, source=source, update_lock=update_lock)
+        if last == "verify":
+            _run_verify(job, verify.Limits())
+
+
+def check(job: Job, limits: verify.Limits) -> None:
+    """Verify what is there, reading every byte; only what is missing or out of date is made before.
+
+    Unlike :func:`run`, this does not replace files that were changed behind the steps' back: it reports them.
+    Raises GateError when the exported model does not pass.
+    """
+    with _writing(job):
+        job.hashes.forget()
+        model = verify.exported(job)
+        damage = _damage(job, model) if model else []
+        if model and damage:
+            verify.verify(job, model, limits, damage)
+        _run_steps(job, "export")
+        _run_verify(job, limits)
+
+
+@contextmanager
+def _writing(job: Job) -> Iterator[None]:
     with run_lock(job.project):
         try:
-            _run_download(job, last, source=source, update_lock=update_lock)
-            for stage in STAGES[: STEPS.index(last)]:
-                _run_stage(job, stage)
-                if stage is dataset.STAGE:
-                    dataset.check_rejected(job)
+            yield
         finally:
             job.hashes.save()
+
+
+def _run_steps(job: Job, last: str, *, source: Path | None = None, update_lock: bool = False) -> None:
+    _run_download(job, last, source=source, update_lock=update_lock)
+    for stage in STAGES[: STEPS.index(last)]:
+        _run_stage(job, stage)
+        if stage is dataset.STAGE:
+            dataset.check_rejected(job)
+
+
+def _run_verify(job: Job, limits: verify.Limits) -> None:
+    recover(job.project.stage_folder("verify"))
+    if model := verify.exported(job, job.keys["export"]):
+        verify.verify(job, model, limits)
+
+
+def _damage(job: Job, model: Path) -> list[str]:
+    """Return what was changed behind the steps' back; nothing when the steps have to run again anyway.
+
+    A missing adapter counts: nothing else can show that the model was trained. Other results are soon made again.
+    """
+    for stage in STAGES:
+        key = job.keys[stage.name] = key_of(stage.name, stage.format, stage.inputs(job))
+        folder = model if stage is export.STAGE else job.project.stage_folder(stage.name)
+        manifest = read_manifest(folder)
+        if manifest is None and stage is train.STAGE:
+            return [f"{job.project.name(folder)} is gone, which {job.project.name(model)} was made from"]
+        if manifest is None or manifest["key"] != key:
+            return []
+    return verify.changed_files(job, model)
 
 
 def _run_download(job: Job, last: str, *, source: Path | None, update_lock: bool) -> None:
@@ -57,7 +109,7 @@ def _run_stage(job: Job, stage: Stage) -> None:
     recover(folder)
     inputs = stage.inputs(job)
     key = job.keys[stage.name] = key_of(stage.name, stage.format, inputs)
-    if is_current(folder, key, job.hashes):
+    if any(is_current(place, key, job.hashes) for place in _places(job, stage)):
         job.progress.skip(stage.name)
         return
     with (
@@ -65,6 +117,11 @@ def _run_stage(job: Job, stage: Stage) -> None:
         building(folder, stage.name, key, inputs) as build,
     ):
         build.metrics |= stage.build(job, build.folder)
+
+
+def _places(job: Job, stage: Stage) -> list[Path]:
+    """Return where a stage's output may be: verify moves the exported model on."""
+    return verify.model_folders(job) if stage is export.STAGE else [job.project.stage_folder(stage.name)]
 
 
 @dataclass(frozen=True)
@@ -84,18 +141,35 @@ def status(job: Job) -> list[StepState]:
     state = "up to date" if whole else "incomplete" if job.base_folder.exists() else "missing"
     states = [StepState("download", state, project.name(job.base_folder), job.base_id)]
     states += [_stage_state(job, stage) for stage in STAGES]
+    states.append(_verify_state(job))
     job.hashes.save()
     return states
 
 
 def stale(job: Job) -> str:
     """Say which published results are older than what they depend on; empty when none is."""
-    states = [state for state in status(job) if state.state == "stale"]
+    states = [state for state in status(job) if state.state == "stale" and state.step != "verify"]
     return "; ".join(f"{state.step}: {state.detail}" for state in states)
 
 
+def _verify_state(job: Job) -> StepState:
+    model, verdict = verify.exported(job, job.keys["export"]), verify.read_verdict(job)
+    refused = job.project.refused_model
+    key = (read_manifest(refused) or {}).get("key")
+    if verdict and key == verdict["export_key"] and not verdict["passed"] and model in (None, refused):
+        failed = [check["title"] for check in verdict["checks"] if check["passed"] is False]
+        return StepState("verify", "failed", job.project.name(refused), "not so: " + ", ".join(failed))
+    name = job.project.name(model or job.project.stage_folder("verify"))
+    if verdict is None:
+        return StepState("verify", "missing", name)
+    if model is None or verify.current_verdict(job, model, verify.Limits()) is None:
+        return StepState("verify", "stale", name, "changed: what is verified")
+    return StepState("verify", "up to date", name, _summary(verdict))
+
+
 def _stage_state(job: Job, stage: Stage) -> StepState:
-    folder = job.project.stage_folder(stage.name)
+    places = _places(job, stage)
+    folder = next((place for place in places if read_manifest(place)), places[0])
     name = job.project.name(folder)
     try:
         inputs = stage.inputs(job)

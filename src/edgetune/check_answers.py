@@ -1,0 +1,125 @@
+"""Ask the models the same questions: what the adapter learned, and what merging and int4 made of it."""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edgetune.backends import Answer, Backend, OnnxBackend, Sampling, TorchBackend, open_backend
+from edgetune.examples import Example
+from edgetune.scores import completion_loss, divergence, log_probabilities, loss_of
+from edgetune.stages import Job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgetune.backends import Logits
+
+_LOGITS_KEPT = 8
+_GENERATED_TOKENS = 4096
+_ANSWER_MARGIN = 16
+
+
+@dataclass
+class Losses:
+    """The adapter against the base model it sits on, in nats for a token of the completions."""
+
+    base: float
+    adapter: float
+    logits: "list[Logits]" = field(repr=False)
+    """The adapter's logits for the first examples."""
+
+
+def adapter_losses(job: Job, examples: list[Example]) -> Losses:
+    """Load the base model with its adapter, and take both losses."""
+    backend = open_backend(job, "adapter")
+    assert isinstance(backend, TorchBackend)  # noqa: S101 - for the type checker
+    base, adapter = 0.0, 0.0
+    for number, example in enumerate(examples):
+        job.progress.advance(number, len(examples), "comparing the adapter with the base model")
+        adapter += completion_loss(backend, example)
+        with backend.model.disable_adapter():
+            base += completion_loss(backend, example)
+    tokens = sum(example.learned for example in examples)
+    kept = [backend.logits(example.ids, example.start) for example in examples[:_LOGITS_KEPT]]
+    return Losses(base / tokens, adapter / tokens, kept)
+
+
+@dataclass
+class Quantisation:
+    """The exported model against the merged one, on the same examples."""
+
+    merged_loss: list[float] = field(default_factory=list)
+    """In nats for a token, for each example."""
+    onnx_loss: list[float] = field(default_factory=list)
+    tokens: int = 0
+    same_top: int = 0
+    """Tokens of completions for which both find the same one most likely."""
+    divergence: float = 0.0
+    """Summed over the tokens, in nats."""
+    adapter_distance: float = 0.0
+    """Largest difference of a logit between adapter and merged, as a share of the largest logit."""
+    asked: list[Example] = field(default_factory=list)
+    """The examples that were answered in words as well."""
+    merged_answers: list[Answer] = field(default_factory=list)
+    onnx_answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that the models said are numbers."""
+        return math.isfinite(self.divergence) and all(map(math.isfinite, (*self.merged_loss, *self.onnx_loss)))
+
+    def hits(self, answers: list[Answer]) -> list[bool]:
+        """Tell for each asked example whether the answer is the expected one."""
+        return [answer.text == example.expected for answer, example in zip(answers, self.asked, strict=True)]
+
+
+def quantisation(job: Job, model: "Path", examples: list[Example], adapter_logits: "list[Logits]") -> Quantisation:
+    """Load the merged and the exported model, and put the examples to both."""
+    import numpy as np
+
+    found = Quantisation(asked=_affordable(examples))
+    merged, onnx = open_backend(job, "merged"), OnnxBackend(model)
+    for number, example in enumerate(examples):
+        job.progress.advance(number, len(examples), "comparing the exported model with the merged one")
+        logits = merged.logits(example.ids, example.start)
+        if number < len(adapter_logits):
+            distance = np.abs(logits - adapter_logits[number]).max() / np.abs(logits).max()
+            found.adapter_distance = max(found.adapter_distance, float(distance))
+        one = log_probabilities(logits)
+        other = log_probabilities(onnx.logits(example.ids, example.start))
+        found.merged_loss.append(loss_of(one, example) / example.learned)
+        found.onnx_loss.append(loss_of(other, example) / example.learned)
+        found.tokens += example.learned
+        found.same_top += int((one.argmax(-1) == other.argmax(-1)).sum())
+        found.divergence += float(divergence(one, other).sum())
+    found.merged_answers, found.onnx_answers = (
+        _answers(job, backend, found.asked, f"asking the {name} model")
+        for backend, name in ((merged, "merged"), (onnx, "exported"))
+    )
+    return found
+
+
+def _affordable(examples: list[Example]) -> list[Example]:
+    """Return as many of the examples as can be answered in a moderate number of tokens; at least one."""
+    tokens = 0
+    asked: list[Example] = []
+    for example in examples:
+        tokens += example.learned
+        if asked and tokens > _GENERATED_TOKENS:
+            break
+        asked.append(example)
+    return asked
+
+
+def answer_limit(examples: list[Example]) -> int:
+    """Return how many tokens an answer may have before it counts as one that does not end."""
+    return 2 * max(example.learned for example in examples) + _ANSWER_MARGIN
+
+
+def _answers(job: Job, backend: Backend, examples: list[Example], what: str) -> list[Answer]:
+    sampling = Sampling(max_new_tokens=answer_limit(examples))
+    found: dict[int, Answer] = {}
+    for number, answer in backend.answers([example.prompt_ids for example in examples], sampling):
+        found[number] = answer
+        job.progress.advance(len(found), len(examples), what)
+    return [found[number] for number in range(len(examples))]

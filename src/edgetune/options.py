@@ -1,0 +1,171 @@
+"""The options of the commands, and what they take."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+Command = Callable[[argparse.Namespace], None]
+
+_BACKENDS = ("base", "adapter", "merged", "onnx")  # as in backends.py, which --help has no time to import
+
+
+def parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
+    """Return the parser of the command line: each command is called what its function is."""
+    whole = argparse.ArgumentParser(
+        prog="edgetune", description="Fine-tune a small language model and ship it as int4 ONNX."
+    )
+    whole.add_argument("--version", action="version", version=f"edgetune {version('edgetune')}")
+    added = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for run in commands:
+        text = run.__doc__ or ""
+        command = added.add_parser(run.__name__, help=text.rstrip("."), description=text)
+        command.set_defaults(run=run, refuse=command.error)
+        command.add_argument("--project", type=Path, default=Path(), metavar="DIR", help="the project (default: here)")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if run.__name__ in _OPTIONS:
+            _OPTIONS[run.__name__](command)
+    return whole
+
+
+def _of_download(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="copy the base model from a folder")
+    command.add_argument("--update-lock", action="store_true", help="accept other bytes than the locked ones")
+
+
+def _of_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--show", type=_count, default=1, metavar="N", help="print N samples token by token (default: 1)"
+    )
+    command.add_argument(
+        "--write-split", type=_share, metavar="SHARE", help="set a share of all rows aside for evaluation, such as 0.1"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _of_steps(command)
+
+
+def _of_steps(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-bad", type=_count, metavar="N", help="leave out up to N rows that are bad")
+
+
+def _of_finetune(command: argparse.ArgumentParser) -> None:
+    _of_steps(command)
+    command.add_argument(
+        "--engine",
+        choices=("native", "olive"),
+        default="native",
+        help="who runs the workflow file (default: native)",
+    )
+
+
+def _of_verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rows", type=_positive, metavar="N", help="examine up to N rows (default: 256)")
+    command.add_argument(
+        "--max-drop",
+        type=_drop,
+        metavar="X",
+        help="let int4 cost up to X points of accuracy (default: 2), or X per cent of perplexity (default: 5)",
+    )
+    command.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+def _of_infer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("text", nargs="*", help="fills the prompt column; - is the standard input")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="COLUMN=VALUE", help="fill a column of the prompt"
+    )
+    command.add_argument(
+        "--prompts", type=Path, metavar="FILE.jsonl", help="rows with the prompt columns; - is the standard input"
+    )
+    command.add_argument("--chat", action="store_true", help="ask line by line")
+    command.add_argument("--backend", choices=_BACKENDS, default="onnx", help="the model that answers (default: onnx)")
+    command.add_argument("--output", type=Path, metavar="FILE.jsonl", help="where answers are written")
+    command.add_argument("--json", action="store_true", help="print JSON lines")
+    how = command.add_argument_group(
+        "how the next token is chosen", "The most likely one, unless one of the first three is given."
+    )
+    how.add_argument("--temperature", type=_temperature, metavar="T", help="below 1 more, above 1 less predictable")
+    how.add_argument("--top-p", type=_top_p, metavar="P", help="among the likeliest tokens that make up this share")
+    how.add_argument("--top-k", type=_positive, metavar="K", help="among the K likeliest tokens")
+    how.add_argument(
+        "--repetition-penalty", type=_penalty, default=1.0, metavar="X", help="above 1 against repetitions"
+    )
+    how.add_argument("--seed", type=_seed, metavar="N", help="the same answer every time")
+    how.add_argument("--max-new-tokens", type=_positive, metavar="N", help="limit of an answer's length")
+
+
+def _of_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--limit", type=_positive, metavar="N", help="ask N rows only, always the same ones")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _of_package(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--zip", action="store_true", help="write it as one .zip file too")
+
+
+def _of_status(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+_OPTIONS = {
+    "download": _of_download,
+    "data": _of_data,
+    "finetune": _of_finetune,
+    "train": _of_steps,
+    "merge": _of_steps,
+    "export": _of_steps,
+    "verify": _of_verify,
+    "infer": _of_infer,
+    "evaluate": _of_evaluate,
+    "package": _of_package,
+    "status": _of_status,
+}
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _drop(text: str) -> float:
+    return _number(text, lambda value: 0 <= value < float("inf"), "a number of 0 or more")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda value: 0 < value < 1, "a share between 0 and 1, such as 0.1 for a tenth")
+
+
+def _temperature(text: str) -> float:
+    words = "a temperature from 0.001 to 100; for the likeliest token, leave it out"
+    return _number(text, lambda value: 0.001 <= value <= 100, words)  # noqa: PLR2004 - beyond, probabilities vanish
+
+
+def _top_p(text: str) -> float:
+    return _number(text, lambda value: 0 < value <= 1, "a share above 0, and 1 at most")
+
+
+def _penalty(text: str) -> float:
+    return _number(text, lambda value: 0 < value <= 100, "a number above 0, and 100 at most; 1 is none")  # noqa: PLR2004
+
+
+def _seed(text: str) -> int:
+    words = "a whole number from 0 to 2147483647"
+    return int(_number(text, lambda value: text.isdigit() and value < 2**31, words))
+
+
+def _number(text: str, fits: Callable[[float], bool], words: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+    return value

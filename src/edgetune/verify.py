@@ -1,0 +1,315 @@
+"""Prove that the exported model is the one that was trained, then publish it.
+
+Reads the base model, ``gen-model/adapter/``, ``merged/`` and ``onnx.candidate/``; a model that passes becomes
+``onnx/``, another one ``onnx.rejected/``. What was found is in ``gen-model/verify.json``.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgetune import check_answers, check_conversion, check_merge, check_tokens, download
+from edgetune.errors import GateError, Problem
+from edgetune.examples import Example, examined_set, examples, has_labels
+from edgetune.scores import SIGNIFICANT, compare_hits, compare_losses
+from edgetune.stages import (
+    Job,
+    changes,
+    key_of,
+    partial_folder,
+    peak_memory_mb,
+    publish,
+    published,
+    read_json,
+    read_manifest,
+    reset_peak_memory,
+    versions,
+    write_json,
+)
+
+_FORMAT = 1
+_ROWS = 256
+_MAX_DROP = 2.0  # points of accuracy
+_MAX_RISE = 5.0  # per cent of perplexity
+_LOGIT_TOLERANCE = 1e-3
+_ENDED = 0.99
+_NAMED = 3  # tensors
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is examined and what is let through; None: as when this model was verified last, or the default."""
+
+    rows: int | None = None
+    """Most rows of the evaluation data."""
+    max_drop: float | None = None
+    """What int4 may cost: points of accuracy for labels, per cent of perplexity otherwise."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    title: str
+    passed: bool | None
+    """None: it does not apply."""
+    summary: str
+    cause: str = ""
+    """The likely cause of a failure, and what to do."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def model_folders(job: Job) -> list[Path]:
+    """Return where an exported model may be: not verified yet, passed, or set aside."""
+    return [job.project.stage_folder("export"), job.project.stage_folder("verify"), job.project.refused_model]
+
+
+def exported(job: Job, key: str | None = None) -> Path | None:
+    """Return the folder of the exported model, of the one with this key if given; None when there is none."""
+    for folder in model_folders(job):
+        manifest = read_manifest(folder)
+        if manifest is not None and key in (None, manifest["key"]):
+            return folder
+    return None
+
+
+def read_verdict(job: Job) -> dict[str, Any] | None:
+    """Return what the last verification found; None when there is nothing that can be read."""
+    return read_json(job.project.verdict)
+
+
+def current_verdict(job: Job, model: Path, limits: Limits, damage: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Return the verdict on the model in ``model`` if it is still true."""
+    verdict = read_verdict(job)
+    if verdict is None or verdict["key"] != _key(job, model, limits, damage):
+        return None
+    return verdict if model == _destination(job, passed=verdict["passed"]) else None
+
+
+def verify(job: Job, model: Path, limits: Limits, damage: Sequence[str] = ()) -> None:
+    """Examine the exported model in ``model`` and publish it or set it aside.
+
+    ``damage``: what is known to be changed already; then nothing else is examined. Raises GateError when it fails.
+    """
+    limits = settled(job, model, limits)
+    verdict = current_verdict(job, model, limits, damage)
+    if verdict is None:
+        with job.progress.running("verify", job.project.log("verify")):
+            verdict = _examine(job, model, limits, damage)
+    elif verdict["passed"]:
+        job.progress.skip("verify")
+    if not verdict["passed"]:
+        raise _refusal(job, verdict)
+
+
+def _examine(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> dict[str, Any]:
+    reset_peak_memory()
+    started, checks = time.monotonic(), []
+    job.hashes.forget()
+    damage = damage or changed_files(job, model)
+    for check in [_files(damage)] if damage else _checks(job, model, limits):
+        job.progress.say(
+            f"{ {True: 'passed', False: 'FAILED', None: 'n/a'}[check.passed] }: {check.title}: {check.summary}"
+        )
+        checks.append(check)
+    passed = all(check.passed is not False for check in checks)
+    verdict = {
+        "key": _key(job, model, limits, damage),
+        "export_key": (read_manifest(model) or {}).get("key"),
+        "passed": passed,
+        "model": job.project.name(_destination(job, passed=passed)),
+        "limits": asdict(limits),
+        "checks": [asdict(check) for check in checks],
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_rss_mb": peak_memory_mb(),
+        "versions": versions(),
+    }
+    _move(job, model, passed=passed)
+    write_json(job.project.verdict, verdict)
+    return verdict
+
+
+def _destination(job: Job, *, passed: bool) -> Path:
+    return job.project.stage_folder("verify") if passed else job.project.refused_model
+
+
+def _move(job: Job, model: Path, *, passed: bool) -> None:
+    """Put the model where the verdict wants it. An earlier model that passed stays until another one does."""
+    destination = _destination(job, passed=passed)
+    if model != destination:
+        publish(model, destination)
+    if passed:
+        shutil.rmtree(job.project.refused_model, ignore_errors=True)
+
+
+def _key(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> str:
+    folders = {stage: published(job.project.stage_folder(stage)) for stage in ("data", "train", "merge")}
+    content = {
+        "base": download.digests(job, weights=True),
+        **folders,
+        "export": [(read_manifest(model) or {}).get("key"), published(model)],
+        "limits": asdict(settled(job, model, limits)),
+        "damage": list(damage),
+    }
+    return key_of("verify", _FORMAT, content)
+
+
+def settled(job: Job, model: Path, limits: Limits) -> Limits:
+    """Fill in what was not given: as in the last verdict on the same model, or the defaults."""
+    verdict = read_verdict(job) or {}
+    same = verdict.get("export_key") == (read_manifest(model) or {}).get("key")
+    last = Limits(**verdict.get("limits", {})) if same else Limits()
+    default = _MAX_DROP if has_labels(job) else _MAX_RISE
+    return Limits(
+        rows=limits.rows or last.rows or _ROWS,
+        max_drop=next(drop for drop in (limits.max_drop, last.max_drop, default) if drop is not None),
+    )
+
+
+def _refusal(job: Job, verdict: dict[str, Any]) -> GateError:
+    where = job.project.name(job.project.verdict)
+    failed = [check for check in verdict["checks"] if check["passed"] is False]
+    problems = [Problem(f"{check['title']}: no. {check['summary']}", where, check["cause"]) for check in failed]
+    aside = f"the model is set aside in {verdict['model']}"
+    return GateError(
+        [*problems, Problem(aside, hint="`edgetune infer --backend merged` asks the model before the export")]
+    )
+
+
+def changed_files(job: Job, model: Path) -> list[str]:
+    """Return the files that are not what the steps wrote, or are not the locked base model's."""
+    name = job.project.name
+    found = [f"{name(path)} is not the locked one" for path in download.changed_files(job)]
+    for folder in (job.project.stage_folder("train"), job.project.stage_folder("merge"), model):
+        outputs = (read_manifest(folder) or {"outputs": {}})["outputs"]
+        found += [f"{name(folder / file)} was changed or removed" for file in changes(folder, outputs, job.hashes)]
+    return found
+
+
+def _files(damage: Sequence[str]) -> Check:
+    cause = "something else wrote or deleted files; `edgetune finetune` makes again what can be made again"
+    return Check("files", "the files are those the steps wrote", bool(not damage), "; ".join(damage), cause)
+
+
+def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
+    role = examined_set(job)
+    rows = examples(job, role, limits.rows)
+    merge = check_merge.compare(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
+    losses = check_answers.adapter_losses(job, rows)
+    yield _learned(merge, losses, role)
+    found = check_answers.quantisation(job, model, rows, losses.logits)
+    yield _merged(merge, found)
+    work = partial_folder(job.project.results / "verify")
+    yield _converted(check_conversion.compare(job, job.project.stage_folder("merge"), work))
+    yield _quantised(job, found, limits)
+    yield _stopping(job, model, found, rows)
+
+
+def _learned(merge: check_merge.MergeFindings, losses: check_answers.Losses, role: str) -> Check:
+    summary = (
+        f"loss on completions of the {role} data {losses.base:.4f} → {losses.adapter:.4f}; "
+        f"{merge.matrices - merge.zero} of {merge.matrices} matrices hold values"
+    )
+    cause = "the adapter holds next to nothing: raise learning_rate or num_train_epochs"
+    if not merge.zero:
+        cause = "training made it worse: lower learning_rate, and look at the loss in gen-model/adapter/loss.json"
+    passed = merge.matrices > 0 == merge.zero and losses.adapter < losses.base
+    numbers = {"base_loss": losses.base, "adapter_loss": losses.adapter, "zero_matrices": merge.zero}
+    return Check("adapter", "the adapter learned", passed, summary, "" if passed else cause, numbers)
+
+
+def _merged(merge: check_merge.MergeFindings, found: check_answers.Quantisation) -> Check:
+    passed, cause = not merge.wrong, ""
+    summary = (
+        f"{merge.matrices} matrices are W + s·BA to {merge.largest_ulps:.2f} units in the last place, "
+        f"{merge.others} tensors are the base model's; "
+        f"logits differ from the adapter's by up to {found.adapter_distance:.2%}"
+    )
+    cause = ""
+    if merge.wrong:
+        more = len(merge.wrong) - _NAMED
+        summary = "; ".join(merge.wrong[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        cause = (
+            "another base model or adapter was merged, or the merged weights were changed: "
+            "delete gen-model/merged and run `edgetune finetune`"
+        )
+    numbers = {
+        "matrices": merge.matrices,
+        "other_tensors": merge.others,
+        "wrong": len(merge.wrong or ()),
+        "largest_ulps": merge.largest_ulps,
+        "adapter_logit_distance": found.adapter_distance,
+    }
+    return Check("merge", "the merge is exact", passed, summary, cause, numbers)
+
+
+def _converted(found: check_conversion.ConversionFindings) -> Check:
+    passed = found.difference <= _LOGIT_TOLERANCE
+    summary = (
+        f"the first {found.layers} of {found.of_layers} layers in fp32: "
+        f"logits differ by {found.difference:.1e} of the largest, "
+        f"{found.same_top:.1%} of {found.positions:,} positions agree (texts of up to {found.longest:,} tokens)"
+    )
+    cause = "onnxruntime-genai's builder does not translate this architecture faithfully: choose another base model"
+    return Check("conversion", "the conversion is exact", passed, summary, "" if passed else cause, asdict(found))
+
+
+def _quantised(job: Job, found: check_answers.Quantisation, limits: Limits) -> Check:
+    drop, sentence, p, numbers = _cost(found, labels=has_labels(job))
+    agreement, divergence = found.same_top / found.tokens, found.divergence / found.tokens
+    allowed = limits.max_drop or 0.0
+    passed = found.is_finite and not (drop > allowed and p < SIGNIFICANT)
+    verdict = "more than noise" if p < SIGNIFICANT else "noise"
+    summary = (
+        f"{agreement:.1%} of {found.tokens:,} tokens agree with merged, mean KL {divergence:.4f}; "
+        f"{sentence} (p = {p:.2g}: {verdict}; a loss of {allowed:g} is let through)"
+    )
+    cause = (
+        "int4 costs too much: try int4_block_size 32, int4_algo_config k_quant_mixed or precision fp32 "
+        "in the ModelBuilder pass, or let it pass with `edgetune verify --max-drop`"
+    )
+    if not found.is_finite:
+        summary, cause = "the logits are not all numbers", "the exported model is damaged: run `edgetune export` again"
+    numbers |= {"top1_agreement": agreement, "mean_kl": divergence, "drop": drop, "p": p, "rows": len(found.onnx_loss)}
+    title = "quantisation is harmless"
+    return Check("quantisation", title, passed, summary, "" if passed else cause, numbers)
+
+
+def _cost(found: check_answers.Quantisation, *, labels: bool) -> tuple[float, str, float, dict[str, Any]]:
+    """Return what the export costs in the task's metric: the drop, a sentence, the p-value, and the numbers."""
+    if labels:
+        before, after = found.hits(found.merged_answers), found.hits(found.onnx_answers)
+        one, other = (sum(hits) / len(hits) for hits in (before, after))
+        drop, p = 100 * (one - other), compare_hits(before, after).p
+        sentence = f"accuracy {one:.1%} → {other:.1%}"
+        return drop, sentence, p, {"merged_accuracy": one, "onnx_accuracy": other}
+    losses = found.merged_loss, found.onnx_loss
+    one, other = (math.exp(min(sum(loss) / len(loss), 700)) for loss in losses)
+    sentence = f"perplexity {one:.3f} → {other:.3f}"
+    numbers = {"merged_perplexity": one, "onnx_perplexity": other}
+    return 100 * (other / one - 1), sentence, compare_losses(*losses).p, numbers
+
+
+def _stopping(job: Job, model: Path, found: check_answers.Quantisation, rows: list[Example]) -> Check:
+    faults = check_tokens.faults(job, job.project.stage_folder("merge"), model, rows)
+    total = len(found.asked)
+    merged, onnx = (
+        sum(answer.stop_reason == "stop" for answer in answers)
+        for answers in (found.merged_answers, found.onnx_answers)
+    )
+    cause = ""
+    if onnx < merged or onnx < _ENDED * total:
+        cause = "answers run on: train for longer, or export with less loss (int4_algo_config k_quant_mixed)"
+    if faults:
+        cause = (
+            "applications would give the model other ids than it was trained with, or run past its answers: "
+            "check generation_config.json of the base model, or choose another one"
+        )
+    summary = "; ".join([*faults, f"{onnx} of {total} answers end with an end token (merged: {merged})"])
+    numbers = {"asked": total, "ended": onnx, "merged_ended": merged}
+    return Check("tokens", "tokens and stopping", not cause, summary, cause, numbers)
