@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgetune.dataset import EVAL, TRAIN, data_sets, metrics, rows_of
+from edgetune.errors import Problem, refuse
 from edgetune.prompt import Encoder
 from edgetune.row import Row
 from edgetune.stages import Job
@@ -49,19 +50,33 @@ def has_labels(job: Job) -> bool:
 def examples(job: Job, role: str, limit: int | None = None) -> list[Example]:
     """Return the examples of a data set, in their order; of more than ``limit`` rows, a choice that is always the same.
 
-    An answer of a chat is an example of its own.
+    An answer of a chat is an example of its own. Raises EdgetuneError for prompts that the exported model cannot take.
     """
     total = metrics(job)["sets"][role]["rows"]
     chosen = None
     if limit is not None and limit < total:
         chosen = set(random.Random(_SEED).sample(range(total), limit))  # noqa: S311 - no secret hangs on it
     encoder = Encoder(job.workflow.contract, job.base_folder)
-    return [
+    found = [
         example
         for number, row in enumerate(_good_rows(job, role))
         if chosen is None or number in chosen
         for example in _of_row(encoder, row)
     ]
+    refuse(_without_room(job, found))
+    return found
+
+
+def _without_room(job: Job, found: list[Example]) -> Iterator[Problem]:
+    """Yield the examples whose prompts leave the exported model no room for an answer."""
+    longest = job.workflow.builder.search.get("max_length")
+    for example in found:
+        if longest is not None and example.start >= longest:
+            yield Problem(
+                f"the prompt has {example.start} tokens; with its answer the exported model takes {longest}",
+                example.where,
+                "raise search.max_length of the ModelBuilder pass in fine-tuning/olive-config.json, or shorten the row",
+            )
 
 
 def _good_rows(job: Job, role: str) -> Iterator[Row]:

@@ -144,7 +144,9 @@ def _move(job: Job, model: Path, *, passed: bool) -> None:
     if model != destination:
         publish(model, destination)
     if passed:
-        shutil.rmtree(job.project.refused_model, ignore_errors=True)
+        for older in model_folders(job):
+            if older != destination:
+                shutil.rmtree(older, ignore_errors=True)
 
 
 def _key(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> str:

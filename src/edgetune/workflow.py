@@ -71,7 +71,8 @@ def _run_steps(job: Job, last: str, *, source: Path | None = None, update_lock: 
 
 
 def _run_verify(job: Job, limits: verify.Limits) -> None:
-    recover(job.project.stage_folder("verify"))
+    for folder in verify.model_folders(job):
+        recover(folder)
     if model := verify.exported(job, job.keys["export"]):
         verify.verify(job, model, limits)
 
@@ -168,16 +169,16 @@ def _verify_state(job: Job) -> StepState:
 
 
 def _stage_state(job: Job, stage: Stage) -> StepState:
-    places = _places(job, stage)
-    folder = next((place for place in places if read_manifest(place)), places[0])
-    name = job.project.name(folder)
+    folder = job.project.stage_folder(stage.name)
     try:
         inputs = stage.inputs(job)
     except EdgetuneError as error:
         job.keys[stage.name] = ""
-        return StepState(stage.name, "blocked", name, error.problems[0].message)
+        return StepState(stage.name, "blocked", job.project.name(folder), error.problems[0].message)
     key = job.keys[stage.name] = key_of(stage.name, stage.format, inputs)
-    manifest = read_manifest(folder)
+    if stage is export.STAGE:
+        folder = verify.exported(job, key) or verify.exported(job) or folder
+    name, manifest = job.project.name(folder), read_manifest(folder)
     if manifest is None:
         interrupted = partial_folder(folder).exists()
         return StepState(stage.name, "interrupted" if interrupted else "missing", name)
