@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from conftest import Sandbox
 from dataset_server import COMMIT, DatasetServer
-from edgetune.check_tokens import smallest
+from edgetune.checks.tokens import smallest
 from edgetune.contract import Conversation, Template
 from edgetune.project import BUILTIN_MODELS
 from edgetune.prompt import Encoder, load_tokenizer

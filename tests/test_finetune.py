@@ -152,7 +152,7 @@ def test_one_edited_row_reruns_training(project: Sandbox) -> None:
 
 def test_block_size_reruns_only_the_export(project: Sandbox) -> None:
     """A changed int4 block size exports again and leaves the steps before it, and the published model, alone."""
-    before = project.keys()
+    before, content = project.keys(), project.config.read_text()
     project.edit(lambda c: c["passes"]["builder"].update(int4_block_size=64))
 
     result = project.run("export")
@@ -161,6 +161,8 @@ def test_block_size_reruns_only_the_export(project: Sandbox) -> None:
     assert result.stdout == "gen-model/onnx.candidate\n"
     assert project.keys() == before
     assert project.steps()["verify"] == "stale"
+    project.config.write_text(content)
+    assert set(project.steps().values()) == {"up to date"}
 
 
 def test_tampered_output_is_built_again(project: Sandbox) -> None:

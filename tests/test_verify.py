@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import Sandbox
-from edgetune import check_conversion, check_merge, config, merge
+from edgetune import config, merge
+from edgetune.checks import conversion
+from edgetune.checks.merge import Tensors, compare_weights
 from edgetune.progress import Progress
-from edgetune.project import Project
+from edgetune.project import BUILTIN_MODELS, Project
 from edgetune.stages import Job, list_outputs, write_json
 
 CHECKS = ["adapter", "merge", "conversion", "quantisation", "tokens"]
@@ -237,7 +239,7 @@ def test_one_element_that_is_off_is_seen(
     """What merging makes is right to one unit in the last place; four units away in one element is seen."""
     folders = merged_folders(tmp_path_factory.mktemp("merge"), dtype, seed, scale)
 
-    assert check_merge.compare(*folders).wrong == []
+    assert compare_weights(*folders).wrong == []
 
     def move(tensors: dict[str, torch.Tensor]) -> None:
         flat, original = tensors["model.a.weight"].view(-1), load_file(folders[0] / "model.safetensors")
@@ -245,7 +247,7 @@ def test_one_element_that_is_off_is_seen(
         flat[at] += 4 * torch.finfo(dtype).eps * magnitude
 
     change_tensors(folders[2] / "model.safetensors", move)
-    [wrong] = check_merge.compare(*folders).wrong or []
+    [wrong] = compare_weights(*folders).wrong or []
     assert wrong.startswith("model.a.weight is off by")
 
 
@@ -255,7 +257,7 @@ def test_one_element_that_is_off_is_seen(
 @given(st.lists(st.sampled_from("abc")))
 def test_prefix_has_every_kind_of_layer(kinds: list[str]) -> None:
     """The prefix holds all kinds, and one layer less would not."""
-    length = check_conversion.prefix_length(kinds)
+    length = conversion.prefix_length(kinds)
 
     assert set(kinds[:length]) == set(kinds)
     assert length == 0 or set(kinds[: length - 1]) != set(kinds)
@@ -308,18 +310,18 @@ def test_layers_of_all_kinds(tmp_path: Path, name: str, layers: int) -> None:
     """SmolLM3's fourth layer has no position encoding; the sixth of Gemma 3 sees the whole text."""
     model = random_model(name, tmp_path / name)
 
-    kinds = check_conversion.layer_kinds(model, check_merge.Tensors(model), trusted=False)
+    kinds = conversion.layer_kinds(model, Tensors(model), trusted=False)
 
-    assert check_conversion.prefix_length(kinds) == layers
+    assert conversion.prefix_length(kinds) == layers
 
 
-def convert(project: Path, model: Path, work: Path) -> check_conversion.ConversionFindings:
+def convert(project: Path, model: Path, work: Path) -> conversion.ConversionFindings:
     """Compare a model with its export as verification does."""
     job = Job.start(Project(project), config.load(Project(project)), Progress(work / "events.jsonl"))
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(Path(check_conversion.__file__).parent / "builtin/tiny-phi3" / file, model / file)
+        shutil.copyfile(BUILTIN_MODELS["edgetune/tiny-phi3"] / file, model / file)
     with job.progress.running("verify", work / "log"):
-        return check_conversion.compare(job, model, work / "prefix")
+        return conversion.compare_conversion(job, model, work / "prefix")
 
 
 @pytest.mark.parametrize(

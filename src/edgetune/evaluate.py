@@ -15,7 +15,7 @@ from typing import Any
 
 from edgetune import config, download, verify
 from edgetune.backends import BACKENDS, Backend, OnnxBackend, Sampling, open_backend
-from edgetune.check_answers import answer_limit
+from edgetune.checks.answers import answer_limit
 from edgetune.dataset import EVAL, metrics
 from edgetune.errors import failure
 from edgetune.examples import Example, examples

@@ -12,11 +12,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from edgetune import render, report, workflow
+from edgetune import report, workflow
 from edgetune.backends import GENAI_CONFIG
 from edgetune.base_model import DOCUMENTS
 from edgetune.contract import Template
 from edgetune.errors import Problem, failure, refuse
+from edgetune.pages import render
 from edgetune.stages import Job, partial_folder, publish, read_json, read_manifest, recover, run_lock, sha256
 
 _LICENCE_FILES = tuple(name.rstrip("*") for name in DOCUMENTS if name != "README.md")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune import charts, dataset, render, workflow
+from edgetune import dataset, workflow
+from edgetune.pages import charts, render
 from edgetune.rows import files_of
 from edgetune.stages import Job, read_json, read_manifest, sha256
 

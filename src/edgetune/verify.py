@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgetune import check_answers, check_conversion, check_merge, check_tokens, download
+from edgetune import download
+from edgetune.checks.answers import Losses, Quantisation, adapter_losses, quantisation
+from edgetune.checks.conversion import ConversionFindings, compare_conversion
+from edgetune.checks.merge import MergeFindings, compare_weights
+from edgetune.checks.tokens import token_faults
 from edgetune.errors import GateError, Problem
 from edgetune.examples import Example, examined_set, examples, has_labels
 from edgetune.scores import SIGNIFICANT, compare_hits, compare_losses
@@ -201,18 +205,18 @@ def _files(damage: Sequence[str]) -> Check:
 def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
     role = examined_set(job)
     rows = examples(job, role, limits.rows)
-    merge = check_merge.compare(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
-    losses = check_answers.adapter_losses(job, rows)
+    merge = compare_weights(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
+    losses = adapter_losses(job, rows)
     yield _learned(merge, losses, role)
-    found = check_answers.quantisation(job, model, rows, losses.logits)
+    found = quantisation(job, model, rows, losses.logits)
     yield _merged(merge, found)
     work = partial_folder(job.project.results / "verify")
-    yield _converted(check_conversion.compare(job, job.project.stage_folder("merge"), work))
+    yield _converted(compare_conversion(job, job.project.stage_folder("merge"), work))
     yield _quantised(job, found, limits)
     yield _stopping(job, model, found, rows)
 
 
-def _learned(merge: check_merge.MergeFindings, losses: check_answers.Losses, role: str) -> Check:
+def _learned(merge: MergeFindings, losses: Losses, role: str) -> Check:
     summary = (
         f"loss on completions of the {role} data {losses.base:.4f} → {losses.adapter:.4f}; "
         f"{merge.matrices - merge.zero} of {merge.matrices} matrices hold values"
@@ -225,7 +229,7 @@ def _learned(merge: check_merge.MergeFindings, losses: check_answers.Losses, rol
     return Check("adapter", "the adapter learned", passed, summary, "" if passed else cause, numbers)
 
 
-def _merged(merge: check_merge.MergeFindings, found: check_answers.Quantisation) -> Check:
+def _merged(merge: MergeFindings, found: Quantisation) -> Check:
     passed, cause = not merge.wrong, ""
     summary = (
         f"{merge.matrices} matrices are W + s·BA to {merge.largest_ulps:.2f} units in the last place, "
@@ -250,7 +254,7 @@ def _merged(merge: check_merge.MergeFindings, found: check_answers.Quantisation)
     return Check("merge", "the merge is exact", passed, summary, cause, numbers)
 
 
-def _converted(found: check_conversion.ConversionFindings) -> Check:
+def _converted(found: ConversionFindings) -> Check:
     passed = found.difference <= _LOGIT_TOLERANCE
     summary = (
         f"the first {found.layers} of {found.of_layers} layers in fp32: "
@@ -261,7 +265,7 @@ def _converted(found: check_conversion.ConversionFindings) -> Check:
     return Check("conversion", "the conversion is exact", passed, summary, "" if passed else cause, asdict(found))
 
 
-def _quantised(job: Job, found: check_answers.Quantisation, limits: Limits) -> Check:
+def _quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
     drop, sentence, p, numbers = _cost(found, labels=has_labels(job))
     agreement, divergence = found.same_top / found.tokens, found.divergence / found.tokens
     allowed = limits.max_drop or 0.0
@@ -282,7 +286,7 @@ def _quantised(job: Job, found: check_answers.Quantisation, limits: Limits) -> C
     return Check("quantisation", title, passed, summary, "" if passed else cause, numbers)
 
 
-def _cost(found: check_answers.Quantisation, *, labels: bool) -> tuple[float, str, float, dict[str, Any]]:
+def _cost(found: Quantisation, *, labels: bool) -> tuple[float, str, float, dict[str, Any]]:
     """Return what the export costs in the task's metric: the drop, a sentence, the p-value, and the numbers."""
     if labels:
         before, after = found.hits(found.merged_answers), found.hits(found.onnx_answers)
@@ -297,8 +301,8 @@ def _cost(found: check_answers.Quantisation, *, labels: bool) -> tuple[float, st
     return 100 * (other / one - 1), sentence, compare_losses(*losses).p, numbers
 
 
-def _stopping(job: Job, model: Path, found: check_answers.Quantisation, rows: list[Example]) -> Check:
-    faults = check_tokens.faults(job, job.project.stage_folder("merge"), model, rows)
+def _stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) -> Check:
+    faults = token_faults(job, job.project.stage_folder("merge"), model, rows)
     total = len(found.asked)
     merged, onnx = (
         sum(answer.stop_reason == "stop" for answer in answers)

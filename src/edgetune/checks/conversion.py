@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.backends import OnnxBackend, TorchBackend
-from edgetune.check_merge import Tensors
+from edgetune.checks.merge import Tensors
 from edgetune.export import run_builder
 from edgetune.stages import Job, write_json
 
@@ -39,7 +39,7 @@ class ConversionFindings:
     """Share of positions with the same most likely token."""
 
 
-def compare(job: Job, model: Path, work: Path) -> ConversionFindings:
+def compare_conversion(job: Job, model: Path, work: Path) -> ConversionFindings:
     """Export the first layers of ``model`` in float32 and compare logits; ``work`` is used and emptied."""
     import numpy as np
 

@@ -30,7 +30,7 @@ class MergeFindings:
     """The largest difference of an element in units in the last place."""
 
 
-def compare(base: Path, adapter: Path, merged: Path) -> MergeFindings:
+def compare_weights(base: Path, adapter: Path, merged: Path) -> MergeFindings:
     """Compare every tensor of ``merged`` with what ``base`` and ``adapter`` make it."""
     from safetensors.torch import load_file
 

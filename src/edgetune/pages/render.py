@@ -40,7 +40,7 @@ def _environment(**options: Any) -> "Environment":
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
         raise missing_extra("train", error) from None
-    loader = PackageLoader("edgetune", "report_templates")
+    loader = PackageLoader("edgetune.pages")
     environment = Environment(  # noqa: S701 - html() turns escaping on; Markdown has an escape of its own
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
     )

@@ -21,7 +21,7 @@ _DIFFICULT_TEXTS = (
 )
 
 
-def faults(job: Job, source: Path, model: Path, examples: list[Example]) -> list[str]:
+def token_faults(job: Job, source: Path, model: Path, examples: list[Example]) -> list[str]:
     """Return how ``model`` differs from ``source``, the model it was exported from, in tokens and end tokens."""
     return _end_token_fault(source, model) + _tokenizer_fault(job, model, examples)
 

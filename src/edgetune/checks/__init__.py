@@ -1,0 +1,1 @@
+"""What verification examines, one module a check."""

@@ -1,0 +1,1 @@
+"""How the report and the model card are written: charts, number formats, and the templates."""
