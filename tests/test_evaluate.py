@@ -118,6 +118,18 @@ def test_without_evaluation_data(fresh: Sandbox) -> None:
     assert not (fresh.root / "model-cache/edgetune").exists()
 
 
+def test_measuring_does_not_train_again(project: Sandbox) -> None:
+    """After a changed setting the model is older than the project: an error, and everything stays as it is."""
+    before = project.keys()
+    project.edit(lambda c: c["passes"]["lora"]["training_args"].update(learning_rate=1e-3))
+
+    for command in ("evaluate", "report"):
+        result = project.run(command)
+        assert result.returncode == 1
+        assert "the adapter is older than the project (changed: pass)" in result.stderr
+    assert project.keys() == before
+
+
 @pytest.mark.slow
 def test_free_text(render: Any) -> None:
     """Where completions are no labels, they are compared as texts, and by their perplexity; ``--limit`` takes few."""

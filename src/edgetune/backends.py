@@ -90,6 +90,8 @@ class Backend(ABC):
     end_ids: frozenset[int]
     max_length: int
     """Most tokens of prompt and answer together."""
+    _cache_bytes: int
+    """Memory for the keys and values of a token."""
     folder: Path
     """The model folder whose tokenizer and chat template go with the model."""
 
@@ -129,9 +131,9 @@ class Backend(ABC):
             yield numbers[first : first + rows]
             first += rows
 
-    def _rows_at_once(self, _length: int, _sampling: Sampling) -> int:
+    def _rows_at_once(self, length: int, _sampling: Sampling) -> int:
         """Return how many rows of prompt and answer of this length make a batch."""
-        return _BATCH_ROWS
+        return max(1, min(_BATCH_ROWS, _CACHE_BYTES // int(self._cache_bytes * length)))
 
     def _limit(self, prompt_length: int, sampling: Sampling) -> int:
         """Return how many tokens an answer may have."""
@@ -189,6 +191,7 @@ class TorchBackend(Backend):
         self.folder = folder
         self.tokenizer = load_tokenizer(folder)
         self.end_ids = end_token_ids(folder)
+        self._cache_bytes = _cache_bytes(self.model)
         context = context_length(folder) or _DEFAULT_CONTEXT
         self.max_length = min(context, max_length or context)
 
@@ -266,6 +269,14 @@ def _loaded(folder: Path, dtype: str, adapter: Path | None, *, trusted: bool) ->
     return model
 
 
+def _cache_bytes(model: Any) -> int:
+    """Return how much memory the keys and values of a token take."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+
+
 _PLAIN_SEARCH = {"num_beams": 1, "num_return_sequences": 1, "min_length": 0, "no_repeat_ngram_size": 0}
 """What the model's own file says about these must not mix with what is asked for here."""
 
@@ -290,6 +301,9 @@ class OnnxBackend(Backend):
         self.end_ids = exported_end_ids(config)
         self.max_length = int(config["search"]["max_length"])
         self._model = config["model"]
+        # The library sets memory aside for the whole length of every row: float32 keys and values on a CPU.
+        decoder = self._model["decoder"]
+        self._cache_bytes = 8 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
         self._padding = int(config["model"]["pad_token_id"])
 
     def logits(self, ids: Sequence[int], start: int) -> "Logits":
@@ -317,10 +331,7 @@ class OnnxBackend(Backend):
     def _rows_at_once(self, length: int, sampling: Sampling) -> int:
         if sampling.repetition_penalty != 1:  # the library would count padding as said before
             return 1
-        # The library sets memory aside for the whole length of every row: float32 keys and values on a CPU.
-        decoder = self._model["decoder"]
-        of_token = decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"] * 2 * 4
-        return max(1, min(_BATCH_ROWS, _CACHE_BYTES // int(of_token * length)))
+        return super()._rows_at_once(length, sampling)
 
     def _continue(
         self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, stream: Stream | None

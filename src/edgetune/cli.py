@@ -287,7 +287,7 @@ def _warn_of_old_results(job: "Job", backend: str) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Measure base, adapter, merged and exported model on the evaluation data."""
+    """Measure base, adapter, merged and exported model on the evaluation data (after whatever is missing before)."""
     from edgetune import evaluate as measuring
 
     job = _start(arguments)
@@ -314,9 +314,16 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def _tuned(job: "Job") -> GateError | None:
-    """Bring every step up to date; a model that verify sets aside is what one wants to look into, so go on with it."""
+    """Run what is missing; a model that verify sets aside is what one wants to look into, so go on with it.
+
+    Raises EdgetuneError when there is an adapter that would be trained again: who measures does not ask for that.
+    """
     from edgetune import workflow
 
+    adapter = next(state for state in workflow.status(job) if state.step == "train")
+    if adapter.state == "stale":
+        hint = "run `edgetune finetune` to train again, or take the changes back"
+        raise failure(f"the adapter is older than the project ({adapter.detail})", where=adapter.folder, hint=hint)
     try:
         workflow.run(job, "verify")
     except GateError as error:
@@ -330,6 +337,8 @@ def package(arguments: argparse.Namespace) -> None:
 
     job = _start(arguments)
     print(job.project.name(packing.build(job, zipped=arguments.zip)))
+    if arguments.zip:
+        _tell(f"the same in one file: {job.project.name(job.project.archive)}")
 
 
 def status(arguments: argparse.Namespace) -> None:

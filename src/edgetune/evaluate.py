@@ -65,7 +65,7 @@ def evaluate(job: Job, limit: int | None = None) -> Record:
                 f"{min(rows, limit or rows):,} rows for each of {', '.join(BACKENDS)}; loading libraries first"
             )
         for name in BACKENDS:
-            if _last_line(_answers_file(job, name), keys[name]) is None:
+            if not _is_complete(_answers_file(job, name, limit), keys[name]):
                 # The memory of the exported model is not to have torch in it, which it does not need.
                 imports = () if name == "onnx" else _IMPORTS
                 in_process(_examine, job.project.root, name, folders[name], keys[name], limit, imports=imports)
@@ -113,29 +113,44 @@ def _key(job: Job, name: str, limit: int | None) -> str:
         "merged": published(project.stage_folder("merge")),
         "onnx": published(model_folder(job, "onnx")),
     }[name]
-    data = [job.keys["data"], published(project.stage_folder("data"))]
-    return key_of("evaluate", _FORMAT, {"model": model, "data": data, "limit": limit})
+    content = {
+        "model": model,
+        "data": [job.keys["data"], published(project.stage_folder("data"))],
+        "limit": limit,
+        "max_length": job.workflow.builder.search.get("max_length"),
+        "dtype": job.workflow.lora.torch_dtype,
+    }
+    return key_of("evaluate", _FORMAT, content)
 
 
-def _answers_file(job: Job, name: str) -> Path:
-    return job.project.evaluation / f"{name}.jsonl"
+def _answers_file(job: Job, name: str, limit: int | None) -> Path:
+    return job.project.evaluation / (f"{name}.jsonl" if limit is None else f"{name}-{limit}.jsonl")
 
 
 def _read(path: Path, key: str) -> list[Record]:
-    """Return the lines of an answers file with this key, but for its first; nothing when it has another one."""
+    """Return the answers in a file with this key, and its last line if it is complete; nothing for another key."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
-    whole = text[: text.rfind("\n") + 1]  # a line that was cut off is asked again
-    lines = [json.loads(line) for line in whole.splitlines()]
-    return lines[1:] if lines and lines[0].get("key") == key else []
+    lines = [line for line in map(_parsed, text.splitlines()) if line]  # what was cut off is asked again
+    if not lines or lines[0].get("key") != key:
+        return []
+    answers = {line["number"]: line for line in reversed(lines) if "number" in line}
+    return [answers[number] for number in sorted(answers)] + [line for line in lines[-1:] if "speed" in line]
 
 
-def _last_line(path: Path, key: str) -> Record | None:
-    """Return what the last line says if the file is complete."""
+def _parsed(line: str) -> Record | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _is_complete(path: Path, key: str) -> bool:
     lines = _read(path, key)
-    return lines[-1] if lines and "speed" in lines[-1] else None
+    return bool(lines) and "speed" in lines[-1]
 
 
 def _count(root: Path, keys: dict[str, str], folders: dict[str, Path], limit: int | None) -> Record:
@@ -143,7 +158,7 @@ def _count(root: Path, keys: dict[str, str], folders: dict[str, Path], limit: in
     job = _job(root)
     with job.progress.running("evaluate", job.project.log("evaluate")):
         job.progress.advance(0, 1, "counting")
-        answered = {name: _read(_answers_file(job, name), keys[name]) for name in BACKENDS}
+        answered = {name: _read(_answers_file(job, name, limit), keys[name]) for name in BACKENDS}
         return summarise(job, examples(job, EVAL, limit), answered, folders)
 
 
@@ -156,10 +171,10 @@ def _examine(root: Path, name: str, model: Path, key: str, limit: int | None) ->
     """Ask one backend all that it has not answered yet. Runs in a process of its own."""
     reset_peak_memory()
     job = _job(root)
-    path = _answers_file(job, name)
+    path = _answers_file(job, name, limit)
     with job.progress.running("evaluate", job.project.log(f"evaluate-{name}")):
         asked = examples(job, EVAL, limit)
-        done = _read(path, key)
+        done = [line for line in _read(path, key) if "number" in line]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"key": key}, *done]), encoding="utf-8")
@@ -195,17 +210,18 @@ def _answered(backend: Backend, asked: list[Example], done: set[int]) -> Iterato
 
 
 def _speed(backend: Backend, asked: list[Example]) -> Record:
-    """Measure the second of two runs: the first makes room."""
+    """Measure the fastest of three runs: what else the machine does is not the model's."""
     text = [token for example in asked for token in example.prompt_ids]
     ids = (text * (_SPEED_PROMPT // len(text) + 1))[: min(_SPEED_PROMPT, backend.max_length - _SPEED_ANSWER - 1)]
     if not ids:
         return {}
-    speed = [backend.speed(ids, _SPEED_ANSWER) for _ in range(2)][-1]
+    runs = [backend.speed(ids, _SPEED_ANSWER) for _ in range(3)]
+    prefill, decode = min(run.prefill_seconds for run in runs), min(run.decode_seconds for run in runs)
     return {
-        "prompt_tokens": speed.prompt_tokens,
-        "prefill_tokens_per_second": round(speed.prompt_tokens / speed.prefill_seconds, 1),
-        "answer_tokens": speed.answer_tokens,
-        "decode_tokens_per_second": round(speed.answer_tokens / speed.decode_seconds, 1),
+        "prompt_tokens": len(ids),
+        "prefill_tokens_per_second": round(len(ids) / prefill, 1),
+        "answer_tokens": _SPEED_ANSWER,
+        "decode_tokens_per_second": round(_SPEED_ANSWER / decode, 1),
     }
 
 

@@ -50,7 +50,7 @@ def has_labels(job: Job) -> bool:
 def examples(job: Job, role: str, limit: int | None = None) -> list[Example]:
     """Return the examples of a data set, in their order; of more than ``limit`` rows, a choice that is always the same.
 
-    An answer of a chat is an example of its own. Raises EdgetuneError for prompts that the exported model cannot take.
+    An answer of a chat is an example of its own. Raises EdgetuneError for those too long for the exported model.
     """
     total = metrics(job)["sets"][role]["rows"]
     chosen = None
@@ -68,12 +68,12 @@ def examples(job: Job, role: str, limit: int | None = None) -> list[Example]:
 
 
 def _without_room(job: Job, found: list[Example]) -> Iterator[Problem]:
-    """Yield the examples whose prompts leave the exported model no room for an answer."""
+    """Yield the examples whose prompts leave the exported model no room for the expected answer."""
     longest = job.workflow.builder.search.get("max_length")
     for example in found:
-        if longest is not None and example.start >= longest:
+        if longest is not None and len(example.ids) > longest:
             yield Problem(
-                f"the prompt has {example.start} tokens; with its answer the exported model takes {longest}",
+                f"prompt and answer have {len(example.ids)} tokens, the exported model takes {longest}",
                 example.where,
                 "raise search.max_length of the ModelBuilder pass in fine-tuning/olive-config.json, or shorten the row",
             )

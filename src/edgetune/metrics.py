@@ -1,6 +1,5 @@
 """What the answers of the models are worth, in numbers."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from edgetune.dataset import EVAL, TRAIN
 from edgetune.dataset import metrics as data_metrics
 from edgetune.examples import Example, has_labels
-from edgetune.scores import PairedTest, compare_hits, compare_losses
+from edgetune.scores import PairedTest, compare_hits, compare_losses, perplexity
 from edgetune.stages import Job
 
 OTHER = "(other)"
@@ -74,9 +73,12 @@ def _quality(asked: list[Example], lines: list[Record], hits: list[bool], confus
         quality = {"accuracy": hit, "macro_f1": confusion["macro_f1"]}
     else:
         quality = {"exact_match": hit, "rouge_l": _rouge_l(asked, lines)}
-    loss = sum(line["loss"] for line in lines) / sum(example.learned for example in asked)
     ended = sum(line["stop_reason"] == "stop" for line in lines) / len(lines)
-    return quality | {"perplexity": math.exp(min(loss, 700.0)), "ended": ended}
+    return quality | {"perplexity": _perplexity(lines), "ended": ended}
+
+
+def _perplexity(lines: list[Record]) -> float:
+    return perplexity(sum(line["loss"] for line in lines), sum(line["learned"] for line in lines))
 
 
 def _confusion(labels: list[str], asked: list[Example], lines: list[Record]) -> Record:
@@ -116,8 +118,8 @@ def _comparisons(labels: list[str], lines: dict[str, list[Record]], hits: dict[s
         found.append(_comparison(before, after, "accuracy" if labels else "exact_match", shares, test))
         if not labels:
             losses = [[line["loss"] / line["learned"] for line in lines[name]] for name in (before, after)]
-            means = [math.exp(min(sum(loss) / len(loss), 700.0)) for loss in losses]
-            found.append(_comparison(before, after, "perplexity", means, compare_losses(*losses)))
+            values = [_perplexity(lines[name]) for name in (before, after)]
+            found.append(_comparison(before, after, "perplexity", values, compare_losses(*losses)))
     return found
 
 

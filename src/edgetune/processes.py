@@ -1,9 +1,13 @@
 """Run a function in a process of its own: its memory is its own, and given back when it ends."""
 
 import multiprocessing
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,19 +26,27 @@ def in_process(function: Callable[..., Any], *arguments: Any, imports: Sequence[
         context.set_forkserver_preload(list(imports))
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, arguments))
-    process.start()
-    sender.close()
     try:
+        with _without_interrupts():  # they are for this process, which ends the other one
+            if imports and sys.platform == "linux":
+                forkserver.ensure_running()
+            else:
+                process.start()
+        if process.pid is None:
+            process.start()
+        sender.close()
         result, error = receiver.recv()
     except EOFError:
         process.join()
-        hint = "a negative code is a signal; -9 usually means that memory ran out: close other programs"
+        hint = "-9 usually means that memory ran out: close other programs, and run the same command again"
         raise failure(f"a process of this run died with code {process.exitcode}", hint=hint) from None
     except BaseException:
-        process.terminate()
+        if process.pid is not None:
+            process.terminate()
         raise
     finally:
-        process.join()
+        if process.pid is not None:
+            process.join()
     if error is not None:
         raise error
     return result
@@ -42,9 +54,29 @@ def in_process(function: Callable[..., Any], *arguments: Any, imports: Sequence[
 
 def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as tidily as on Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        sender.send((function(*arguments), None))
-    except EdgetuneError as error:
-        sender.send((None, error))
+        outcome: tuple[Any, Exception | None] = function(*arguments), None
+    except (EdgetuneError, OSError) as error:
+        outcome = None, error
     except KeyboardInterrupt:
-        pass  # the parent is interrupted as well, and is the one that says so
+        return  # the parent was interrupted, and is the one that says so
+    with suppress(BrokenPipeError):
+        sender.send(outcome)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that are started meanwhile, and what they start, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent is gone, killed perhaps: nobody would take the result, and the next run may start."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

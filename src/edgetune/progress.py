@@ -42,7 +42,8 @@ class Progress:
         self._bar: Bar | None = None
         self._last_plain = 0.0
         self._transfer_start: tuple[float, int] | None = None
-        self._pace: tuple[float, float, float] | None = None  # when, done and total of the first report of a count
+        self._pace: tuple[float, float] | None = None  # when counting began, and where
+        self._last_done = 0.0
         self._libraries = _LibraryOutput()
 
     def say(self, text: str, **fields: Any) -> None:
@@ -61,11 +62,12 @@ class Progress:
         """Report how far the current stage is; called as often as convenient."""
         if self.live:
             self._move_bar(done, total, text)
+        left = self._time_left(done, total)
         if not self._is_due(time.monotonic(), finished=done >= total):
             return
         self._event("progress", done=done, total=total, text=text)
         if not self.live:
-            self._write(f"{self.stage:<9} {done:g}/{total:g}  {text}{self._time_left(done, total)}".rstrip())
+            self._write(f"{self.stage:<9} {done:g}/{total:g}  {text}{left}".rstrip())
 
     def transfer(self, done: int, total: int) -> None:
         """Report how many bytes are there; the first report of a stage says how many were there before it."""
@@ -83,9 +85,10 @@ class Progress:
     def _time_left(self, done: float, total: float) -> str:
         """Say how long the rest takes at the pace since counting began; nothing while there is no pace yet."""
         now = time.monotonic()
-        if self._pace is None or done <= self._pace[1] or self._pace[2] != total:
-            self._pace = now, done, total
-        since, first, _ = self._pace
+        if done < self._last_done or self._pace is None:
+            self._pace = now, done
+        since, first = self._pace
+        self._last_done = done
         seconds = round((now - since) * (total - done) / (done - first)) if done > first else 0
         return f"  ({timedelta(seconds=seconds)} left)" if seconds else ""
 

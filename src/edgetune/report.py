@@ -62,6 +62,7 @@ def collect(job: Job) -> Facts:
         "base": base_model(job),
         "precision": found.precision,
         "stale": workflow.stale(job),
+        "measure": "evaluate" if job.workflow.eval_data else "data --write-split 0.1",
         "headline": headline(found),
         "tiles": list(tiles(found)),
         "verdict": found.verdict,

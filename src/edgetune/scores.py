@@ -1,5 +1,6 @@
 """How good completions are, and whether a difference between two models is more than noise."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,15 +44,19 @@ def log_probabilities(logits: "Logits") -> "Logits":
 
 def completion_loss(backend: Backend, example: Example) -> float:
     """Return the summed negative log-likelihood of an example's completion, in nats."""
-    return loss_of(log_probabilities(backend.logits(example.ids, example.start)), example)
+    return loss_of(log_probabilities(backend.logits(example.ids, example.start)), example.ids[example.start :])
 
 
-def loss_of(log_probabilities: "Logits", example: Example) -> float:
+def loss_of(log_probabilities: "Logits", completion: Sequence[int]) -> float:
     """Return the same from log-probabilities of shape (tokens of the completion, vocabulary)."""
     import numpy as np
 
-    completion = example.ids[example.start :]
     return -float(log_probabilities[np.arange(len(completion)), completion].sum(dtype=np.float64))
+
+
+def perplexity(loss: float, tokens: int) -> float:
+    """Return the perplexity of ``tokens`` tokens with this summed negative log-likelihood in nats."""
+    return math.exp(min(loss / tokens, 700.0))  # beyond, the float ends
 
 
 def divergence(reference: "Logits", other: "Logits") -> "np.ndarray[tuple[int], np.dtype[np.float64]]":

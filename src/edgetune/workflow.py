@@ -45,12 +45,15 @@ def check(job: Job, limits: verify.Limits) -> None:
     """
     with _writing(job):
         job.hashes.forget()
+        for stage in STAGES:
+            for folder in _places(job, stage):
+                recover(folder)
         model = verify.exported(job)
         damage = _damage(job, model) if model else []
         if model and damage:
             verify.verify(job, model, limits, damage)
         _run_steps(job, "export")
-        _run_verify(job, limits)
+        _run_verify(job, limits, repeat=True)
 
 
 @contextmanager
@@ -70,27 +73,26 @@ def _run_steps(job: Job, last: str, *, source: Path | None = None, update_lock: 
             dataset.check_rejected(job)
 
 
-def _run_verify(job: Job, limits: verify.Limits) -> None:
-    for folder in verify.model_folders(job):
-        recover(folder)
+def _run_verify(job: Job, limits: verify.Limits, *, repeat: bool = False) -> None:
     if model := verify.exported(job, job.keys["export"]):
-        verify.verify(job, model, limits)
+        verify.verify(job, model, limits, repeat=repeat)
 
 
 def _damage(job: Job, model: Path) -> list[str]:
-    """Return what was changed behind the steps' back; nothing when the steps have to run again anyway.
+    """Return what was changed behind the steps' back, of the results that would not be made again anyway.
 
-    A missing adapter counts: nothing else can show that the model was trained. Other results are soon made again.
+    A missing adapter counts: nothing else can show that the model was trained. Other missing results are soon made.
     """
+    current = []
     for stage in STAGES:
         key = job.keys[stage.name] = key_of(stage.name, stage.format, stage.inputs(job))
-        folder = model if stage is export.STAGE else job.project.stage_folder(stage.name)
-        manifest = read_manifest(folder)
-        if manifest is None and stage is train.STAGE:
+        folder = verify.exported(job, key) if stage is export.STAGE else job.project.stage_folder(stage.name)
+        manifest = read_manifest(folder) if folder else None
+        if folder and manifest and manifest["key"] == key and stage is not dataset.STAGE:
+            current.append(folder)
+        elif folder and manifest is None and stage is train.STAGE:
             return [f"{job.project.name(folder)} is gone, which {job.project.name(model)} was made from"]
-        if manifest is None or manifest["key"] != key:
-            return []
-    return verify.changed_files(job, model)
+    return verify.changed_files(job, current)
 
 
 def _run_download(job: Job, last: str, *, source: Path | None, update_lock: bool) -> None:
@@ -107,7 +109,8 @@ def _run_download(job: Job, last: str, *, source: Path | None, update_lock: bool
 
 def _run_stage(job: Job, stage: Stage) -> None:
     folder = job.project.stage_folder(stage.name)
-    recover(folder)
+    for place in _places(job, stage):
+        recover(place)
     inputs = stage.inputs(job)
     key = job.keys[stage.name] = key_of(stage.name, stage.format, inputs)
     if any(is_current(place, key, job.hashes) for place in _places(job, stage)):
@@ -142,7 +145,8 @@ def status(job: Job) -> list[StepState]:
     state = "up to date" if whole else "incomplete" if job.base_folder.exists() else "missing"
     states = [StepState("download", state, project.name(job.base_folder), job.base_id)]
     states += [_stage_state(job, stage) for stage in STAGES]
-    states.append(_verify_state(job))
+    changed = next((state.step for state in states[1:] if state.state != "up to date"), "")
+    states.append(_verify_state(job, changed))
     job.hashes.save()
     return states
 
@@ -153,18 +157,18 @@ def stale(job: Job) -> str:
     return "; ".join(f"{state.step}: {state.detail}" for state in states)
 
 
-def _verify_state(job: Job) -> StepState:
+def _verify_state(job: Job, changed: str) -> StepState:
     model, verdict = verify.exported(job, job.keys["export"]), verify.read_verdict(job)
     refused = job.project.refused_model
     key = (read_manifest(refused) or {}).get("key")
     if verdict and key == verdict["export_key"] and not verdict["passed"] and model in (None, refused):
         failed = [check["title"] for check in verdict["checks"] if check["passed"] is False]
-        return StepState("verify", "failed", job.project.name(refused), "not so: " + ", ".join(failed))
+        return StepState("verify", "failed", job.project.name(refused), "failed: " + ", ".join(failed))
     name = job.project.name(model or job.project.stage_folder("verify"))
     if verdict is None:
         return StepState("verify", "missing", name)
-    if model is None or verify.current_verdict(job, model, verify.Limits()) is None:
-        return StepState("verify", "stale", name, "changed: what is verified")
+    if changed or model is None or verify.current_verdict(job, model, verify.Limits()) is None:
+        return StepState("verify", "stale", name, f"changed: {changed or 'edgetune'}")
     return StepState("verify", "up to date", name, _summary(verdict))
 
 

@@ -1,5 +1,6 @@
 """Ask the models the same questions: what the adapter learned, and what merging and int4 made of it."""
 
+import gc
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
     from edgetune.backends import Logits
 
-_LOGITS_KEPT = 8
+_LOGITS_KEPT = 8  # examples
+_POSITIONS_KEPT = 32  # of each
+_BLOCK = 64  # positions whose probabilities are in memory at a time
 _GENERATED_TOKENS = 4096
 _ANSWER_MARGIN = 16
 
@@ -40,7 +43,9 @@ def adapter_losses(job: Job, examples: list[Example]) -> Losses:
         with backend.model.disable_adapter():
             base += completion_loss(backend, example)
     tokens = sum(example.learned for example in examples)
-    kept = [backend.logits(example.ids, example.start) for example in examples[:_LOGITS_KEPT]]
+    kept = [backend.logits(e.ids, e.start)[:_POSITIONS_KEPT].copy() for e in examples[:_LOGITS_KEPT]]
+    del backend
+    gc.collect()  # the model refers to itself; the next one needs its memory
     return Losses(base / tokens, adapter / tokens, kept)
 
 
@@ -51,6 +56,9 @@ class Quantisation:
     merged_loss: list[float] = field(default_factory=list)
     """In nats for a token, for each example."""
     onnx_loss: list[float] = field(default_factory=list)
+    merged_total: float = 0.0
+    """In nats, over all tokens."""
+    onnx_total: float = 0.0
     tokens: int = 0
     same_top: int = 0
     """Tokens of completions for which both find the same one most likely."""
@@ -62,6 +70,20 @@ class Quantisation:
     """The examples that were answered in words as well."""
     merged_answers: list[Answer] = field(default_factory=list)
     onnx_answers: list[Answer] = field(default_factory=list)
+
+    def add(self, merged: "Logits", onnx: "Logits", completion: list[int]) -> None:
+        """Count an example in, from both models' logits of its completion."""
+        before = self.merged_total, self.onnx_total
+        for first in range(0, len(completion), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            one, other = log_probabilities(merged[part]), log_probabilities(onnx[part])
+            self.merged_total += loss_of(one, completion[part])
+            self.onnx_total += loss_of(other, completion[part])
+            self.same_top += int((one.argmax(-1) == other.argmax(-1)).sum())
+            self.divergence += float(divergence(one, other).sum())
+        self.tokens += len(completion)
+        self.merged_loss.append((self.merged_total - before[0]) / len(completion))
+        self.onnx_loss.append((self.onnx_total - before[1]) / len(completion))
 
     @property
     def is_finite(self) -> bool:
@@ -83,15 +105,10 @@ def quantisation(job: Job, model: "Path", examples: list[Example], adapter_logit
         job.progress.advance(number, len(examples), "comparing the exported model with the merged one")
         logits = merged.logits(example.ids, example.start)
         if number < len(adapter_logits):
-            distance = np.abs(logits - adapter_logits[number]).max() / np.abs(logits).max()
+            kept = adapter_logits[number]
+            distance = np.abs(logits[: len(kept)] - kept).max() / np.abs(kept).max()
             found.adapter_distance = max(found.adapter_distance, float(distance))
-        one = log_probabilities(logits)
-        other = log_probabilities(onnx.logits(example.ids, example.start))
-        found.merged_loss.append(loss_of(one, example) / example.learned)
-        found.onnx_loss.append(loss_of(other, example) / example.learned)
-        found.tokens += example.learned
-        found.same_top += int((one.argmax(-1) == other.argmax(-1)).sum())
-        found.divergence += float(divergence(one, other).sum())
+        found.add(logits, onnx.logits(example.ids, example.start), example.ids[example.start :])
     found.merged_answers, found.onnx_answers = (
         _answers(job, backend, found.asked, f"asking the {name} model")
         for backend, name in ((merged, "merged"), (onnx, "exported"))

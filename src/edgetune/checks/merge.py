@@ -89,7 +89,7 @@ def _slices(original: Any, result: Any) -> Iterator[tuple[slice, "torch.Tensor",
 def _same_bits(one: "torch.Tensor", other: "torch.Tensor") -> bool:
     import torch
 
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _largest_ulps(original: Any, result: Any, a: "torch.Tensor", b: "torch.Tensor", scale: float) -> float:

@@ -100,6 +100,11 @@ def size(count: int | None) -> str:
     return DASH if count is None else decimal(count)
 
 
+def _four_digits(value: float | None) -> str:
+    """Write a number that is close to 1 when all is well: 1.045 and 1.046 are not 1.04 and 1.05."""
+    return DASH if value is None else f"{value:.3f}" if value < 10 else number(value)  # noqa: PLR2004
+
+
 class Metric(NamedTuple):
     """How a metric is called and written."""
 
@@ -113,7 +118,9 @@ METRICS: Mapping[str, Metric] = {
     "macro_f1": Metric("macro F1", percent, "mean of the labels' F1: rare labels count as much as frequent ones"),
     "exact_match": Metric("exact match", percent, "share of answers that are the expected text"),
     "rouge_l": Metric("ROUGE-L", percent, "overlap with the expected text, in the order of its words"),
-    "perplexity": Metric("perplexity", number, "how surprising the expected answers are to the model; 1 is not at all"),
+    "perplexity": Metric(
+        "perplexity", _four_digits, "how surprising the expected answers are to the model; 1 is not at all"
+    ),
     "ended": Metric("ended", percent, "share of answers that the model ended by itself"),
 }
 
