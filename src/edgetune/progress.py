@@ -43,7 +43,7 @@ class Progress:
         self._last_plain = 0.0
         self._transfer_start: tuple[float, int] | None = None
         self._pace: tuple[float, float] | None = None  # when counting began, and where
-        self._last_done = 0.0
+        self._last = 0.0, 0.0  # done and total of the last report
         self._libraries = _LibraryOutput()
 
     def say(self, text: str, **fields: Any) -> None:
@@ -85,10 +85,10 @@ class Progress:
     def _time_left(self, done: float, total: float) -> str:
         """Say how long the rest takes at the pace since counting began; nothing while there is no pace yet."""
         now = time.monotonic()
-        if done < self._last_done or self._pace is None:
+        if self._pace is None or done < self._last[0] or total != self._last[1]:
             self._pace = now, done
         since, first = self._pace
-        self._last_done = done
+        self._last = done, total
         seconds = round((now - since) * (total - done) / (done - first)) if done > first else 0
         return f"  ({timedelta(seconds=seconds)} left)" if seconds else ""
 
