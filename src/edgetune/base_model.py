@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from edgetune.errors import EdgetuneError, Problem
 from edgetune.prompt import load_tokenizer
-from edgetune.stages import Job
+from edgetune.stages import Job, read_json
 
 DOCUMENTS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 """What tells the terms of a model; it changes no result."""
@@ -93,15 +93,7 @@ def used_files(job: Job, folder: Path) -> list[Path]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return what config.json says; nothing when it is missing or no JSON object."""
-    return _read_object(folder / "config.json") or {}
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return read_json(folder / "config.json") or {}
 
 
 def folder_problems(job: Job, folder: Path) -> list[Problem]:
@@ -123,7 +115,7 @@ def _unreadable_problems(job: Job, folder: Path) -> list[Problem]:
     damaged = [
         name
         for name in ("generation_config.json", "tokenizer_config.json")
-        if (folder / name).is_file() and _read_object(folder / name) is None
+        if (folder / name).is_file() and read_json(folder / name) is None
     ]
     if (folder / "tokenizer.json").is_file():
         try:
