@@ -10,9 +10,9 @@ a word is worse than one that says so.
 
 from collections.abc import Callable, Mapping
 
-from edgetune.backends import Answer, Sampling
 from edgetune.contract import Contract, Conversation, Turn
 from edgetune.errors import EdgetuneError, TerminatedError
+from edgetune.generation import Answer, Sampling
 from edgetune.infer import Asker, rows_from_texts
 from edgetune.row import Row
 from edgetune.stream import OnText

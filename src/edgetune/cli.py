@@ -17,8 +17,8 @@ from edgetune.errors import EdgetuneError, GateError, Problem, TerminatedError, 
 from edgetune.project import Project
 
 if TYPE_CHECKING:
-    from edgetune.backends import Sampling
     from edgetune.contract import Contract
+    from edgetune.generation import Sampling
     from edgetune.infer import Record
     from edgetune.row import Row
     from edgetune.schema import Workflow
@@ -274,7 +274,7 @@ def _line_reader() -> Callable[[], str]:
 def _sampling(arguments: argparse.Namespace) -> "Sampling":
     from dataclasses import fields
 
-    from edgetune.backends import Sampling
+    from edgetune.generation import Sampling
 
     return Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import config, download, verify
-from edgetune.backends import BACKENDS, Backend, OnnxBackend, Sampling, open_backend
+from edgetune.backends import BACKENDS, OnnxBackend, open_backend
 from edgetune.checks.answers import answer_limit
 from edgetune.dataset import EVAL, metrics
 from edgetune.errors import failure
 from edgetune.examples import Example, examples
+from edgetune.generation import Backend, Sampling
 from edgetune.metrics import summarise
 from edgetune.processes import in_process
 from edgetune.progress import Progress

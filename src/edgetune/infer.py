@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgetune.backends import GREEDY, Answer, Backend, Sampling, open_backend
+from edgetune.backends import open_backend
 from edgetune.contract import Contract
 from edgetune.errors import EdgetuneError, Problem, failure, refuse
+from edgetune.generation import GREEDY, Answer, Backend, Sampling
 from edgetune.prompt import Encoder
 from edgetune.row import Place, Row
 from edgetune.stages import Job

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgetune.backends import Backend
 from edgetune.examples import Example
+from edgetune.generation import Backend
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from edgetune.backends import Logits
+    from edgetune.generation import Logits
 
 SIGNIFICANT = 0.05
 """A difference that chance alone makes more often than this is called noise."""

@@ -5,15 +5,16 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgetune.backends import Answer, Backend, OnnxBackend, Sampling, TorchBackend, open_backend
+from edgetune.backends import OnnxBackend, TorchBackend, open_backend
 from edgetune.examples import Example
+from edgetune.generation import Answer, Backend, Sampling
 from edgetune.scores import completion_loss, divergence, log_probabilities, loss_of
 from edgetune.stages import Job
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgetune.backends import Logits
+    from edgetune.generation import Logits
 
 _LOGITS_KEPT = 8  # examples
 _POSITIONS_KEPT = 32  # of each
