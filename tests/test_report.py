@@ -175,7 +175,7 @@ def test_make_report_tells_the_numbers_that_were_measured(evaluated: Sandbox) ->
     result = evaluated.make("report")
 
     assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("gen-model/report/report.html\n")
+    assert "\ngen-model/report/report.html\n" in result.stdout
     folder = evaluated.root / "gen-model/report"
     numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["backends"]
     page = Page((folder / "report.html").read_text(encoding="utf-8")).text.replace("\N{NO-BREAK SPACE}", " ")
