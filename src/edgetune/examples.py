@@ -70,12 +70,13 @@ def examples(job: Job, role: str, limit: int | None = None) -> list[Example]:
 def _without_room(job: Job, found: list[Example]) -> Iterator[Problem]:
     """Yield the examples whose prompts leave the exported model no room for the expected answer."""
     longest = job.workflow.builder.search.get("max_length")
+    where = job.workflow.where_in_pass("ModelBuilder", "search")
     for example in found:
         if longest is not None and len(example.ids) > longest:
             yield Problem(
                 f"prompt and answer have {len(example.ids)} tokens, the exported model takes {longest}",
                 example.where,
-                "raise search.max_length of the ModelBuilder pass in fine-tuning/olive-config.json, or shorten the row",
+                f"raise search.max_length in {where}, or shorten the row",
             )
 
 

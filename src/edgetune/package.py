@@ -58,7 +58,8 @@ def _verified(job: Job, found: report.Results) -> dict[str, Any]:
     folder = job.project.stage_folder("verify")
     where, manifest = job.project.name(folder), read_manifest(folder)
     if found.verdict is not None and not found.verdict["passed"]:
-        hint = "gen-model/verify.json says why; change what it names, then run `edgetune finetune`"
+        why = job.project.name(job.project.verdict)
+        hint = f"{why} says why; change what it names, then run `edgetune finetune`"
         raise failure("the exported model did not pass verification", where=found.verdict["model"], hint=hint)
     if manifest is None:
         raise failure("there is no exported model yet", where=where, hint="run `edgetune finetune` first")
