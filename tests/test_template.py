@@ -52,7 +52,11 @@ CHOICES: dict[str, dict[str, str]] = {
         "datastore_path": "azureml://datastores/workspaceblobstore/paths/tones/v2/",
         "columns": "q,a",
     },
+    "qlora": {"method": "qlora", "base_model": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "dora": {"method": "dora"},
+    "none": {"method": "none", "dataset": "qa"},
 }
+PASSES = {"qlora": ["qlora"], "dora": ["dora"], "none": []}
 FORMATS = {
     "phi3": "<|user|>\n{phrase}<|end|>\n<|assistant|>\n{tone}<|end|>",
     "chatml": "<|im_start|>user\n{phrase}<|im_end|>\n<|im_start|>assistant\n{tone}<|im_end|>",
@@ -365,11 +369,9 @@ def test_stock_olive_accepts_the_workflow(chosen: Callable[[str], Path], stock_o
 
     workflow = stock_olive.RunConfig.model_validate(config)
 
-    assert [steps[0].type for steps in workflow.passes.values()] == [
-        "lora",
-        "mergeadapterweights",
-        "modelbuilder",
-    ]
+    tuning = PASSES.get(choice, ["lora"])
+    merge = ["mergeadapterweights"] if tuning else []
+    assert [steps[0].type for steps in workflow.passes.values()] == [*tuning, *merge, "modelbuilder"]
     assert workflow.engine.output_dir == Path("../gen-model/olive").resolve()
 
 
@@ -398,7 +400,8 @@ def test_stock_olive_ignores_no_key(chosen: Callable[[str], Path], stock_olive: 
         known = packages.import_pass_module(step["type"]).default_config(accelerator)
         assert set(step) - {"type"} <= set(known), step["type"]
     trainer = set(transformers.TrainingArguments.__dataclass_fields__)
-    assert set(config["passes"]["lora"]["training_args"]) <= trainer | set(HFTrainingArguments.model_fields)
+    for arguments in (step["training_args"] for step in config["passes"].values() if "training_args" in step):
+        assert set(arguments) <= trainer | set(HFTrainingArguments.model_fields)
     loaders = {"csv": CsvConfig, "json": JsonConfig, "parquet": ParquetConfig}
     for entry in config["data_configs"]:
         assert set(entry["pre_process_data_config"]) <= set(TextGenParams.model_fields)
@@ -580,7 +583,7 @@ def test_after_copying_it_says_where_the_rows_go(
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ({"method": "qlora"}, "method.*'qlora' is not in"),
+        ({"method": "full"}, "method.*'full' is not in"),
         ({"device": "cuda"}, "device.*'cuda' is not in"),
         ({"dataset": "mine"}, "dataset.*'mine' is not in"),
         ({"compute": "azureml"}, "compute.*'azureml' is not in"),

@@ -236,7 +236,7 @@ def merged_folders(folder: Path, dtype: torch.dtype, seed: int, scale: float) ->
     save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, folders[1] / "adapter_model.safetensors")
     write_json(folders[1] / "adapter_config.json", {"lora_alpha": 6, "r": 3})
     save_file(base, folders[0] / "model.safetensors")
-    merged = merge.merged_matrix(base["model.a.weight"], a, b, 2).to(dtype)
+    merged = merge.Update(a, b, 2).applied(base["model.a.weight"]).to(dtype)
     save_file(base | {"model.a.weight": merged}, folders[2] / "model.safetensors")
     return folders
 

@@ -5,12 +5,13 @@ A backend takes token ids, so that every model is asked just what it was trained
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import EdgetuneError, failure, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
+from edgetune.loading import load_base, load_weights, trusts
 from edgetune.prompt import context_length, end_token_ids, load_tokenizer
 from edgetune.stages import Job, read_manifest, recover
 from edgetune.stream import Stream, TransformersStreamer
@@ -19,31 +20,32 @@ if TYPE_CHECKING:
     from edgetune.generation import Logits
 
 BACKENDS = ("base", "adapter", "merged", "onnx")
+_OF_THE_ADAPTER = ("adapter", "merged")
+
+
+def backends_of(job: Job) -> list[str]:
+    """Return the backends that a project has; without a fine-tuning pass, there are no adapter and nothing merged."""
+    return [name for name in BACKENDS if job.workflow.tuning or name not in _OF_THE_ADAPTER]
+
+
 GENAI_CONFIG = "genai_config.json"
 """What ONNX Runtime GenAI reads about an exported model: end tokens, context and search options."""
 
 _DEFAULT_CONTEXT = 2048  # of a base model that does not say
 
 
+def exported_from(job: Job) -> str:
+    """Return which of the models is the one that is exported."""
+    return "merged" if job.workflow.tuning else "base"
+
+
 class TorchBackend(Backend):
     """Weights in safetensors, with or without an adapter, on transformers."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        dtype: str,
-        adapter: Path | None = None,
-        trusted: bool = False,
-        max_length: int | None = None,
-    ) -> None:
-        try:
-            import transformers
-        except ImportError as error:
-            raise missing_extra("train", error) from None
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self.model = _loaded(folder, dtype, adapter, trusted=trusted).eval()
+    def __init__(self, model: Any, folder: Path, *, max_length: int | None = None) -> None:
+        import transformers
+
+        self.model = model.eval()
         # What the model's own file says about sampling must not mix with what is asked for here.
         self.model.generation_config = transformers.GenerationConfig()
         self.folder = folder
@@ -58,9 +60,9 @@ class TorchBackend(Backend):
         import torch
 
         with torch.inference_mode():
-            given = torch.tensor([list(ids[:-1])])
+            given = torch.tensor([list(ids[:-1])], device=self.model.device)
             output = self.model(input_ids=given, use_cache=False, logits_to_keep=len(ids) - start)
-        return output.logits[0].float().numpy()  # type: ignore[no-any-return]
+        return output.logits[0].float().cpu().numpy()  # type: ignore[no-any-return]
 
     def speed(self, ids: Sequence[int], new_tokens: int) -> Speed:
         """Run the prompt, then token by token on its cache."""
@@ -68,11 +70,15 @@ class TorchBackend(Backend):
 
         with torch.inference_mode():
             started = time.perf_counter()
-            output = self.model(input_ids=torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1)
+            given = torch.tensor([list(ids)], device=self.model.device)
+            output = self.model(input_ids=given, use_cache=True, logits_to_keep=1)
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            token.tolist()  # a GPU only has it now
             read = time.perf_counter()
             for _ in range(new_tokens):
-                token = output.logits[:, -1].argmax(-1, keepdim=True)
                 output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                token = output.logits[:, -1].argmax(-1, keepdim=True)
+            token.tolist()
             return Speed(len(ids), read - started, new_tokens, time.perf_counter() - read)
 
     def _continue(
@@ -85,8 +91,9 @@ class TorchBackend(Backend):
             torch.manual_seed(sampling.seed)
         width = max(map(len, prompts))
         padding = min(self.end_ids, default=0)  # it is masked, so any id will do
-        ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        place = self.model.device
+        ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts], device=place)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=place)
         options = GenerationConfig(
             max_new_tokens=new_tokens,
             eos_token_id=sorted(self.end_ids) or None,
@@ -101,30 +108,41 @@ class TorchBackend(Backend):
         return output[:, width:].tolist()  # type: ignore[no-any-return]
 
 
-def _loaded(folder: Path, dtype: str, adapter: Path | None, *, trusted: bool) -> Any:
-    """Load a model as it is trained. Raises EdgetuneError when its files are not what they should be."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def torch_backend(job: Job, folder: Path, dtype: str) -> TorchBackend:
+    """Load a model of the project. Raises EdgetuneError when its files are not what they should be."""
+    return TorchBackend(
+        _loaded(folder, lambda: load_weights(folder, dtype=dtype, trusted=trusts(job))),
+        folder,
+        max_length=job.workflow.builder.search.get("max_length"),
+    )
 
-    read = folder
+
+def adapter_backend(job: Job, adapter: Path) -> TorchBackend:
+    """Load the base model with its adapter, as they were trained. Raises EdgetuneError as :func:`torch_backend`."""
+
+    def load() -> Any:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(load_base(job), adapter)
+
+    return TorchBackend(
+        _loaded(adapter, load), job.base_folder, max_length=job.workflow.builder.search.get("max_length")
+    )
+
+
+def _loaded(folder: Path, load: Callable[[], Any]) -> Any:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trusted,
-        )
-        if adapter is not None:
-            from peft import PeftModel
-
-            read = adapter
-            model = PeftModel.from_pretrained(model, adapter)
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("train", error) from None
+    try:
+        return load()
+    except EdgetuneError:
+        raise
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         hint = "`edgetune finetune` makes it again; for a base model, `edgetune download --from` brings it back"
-        raise failure(f"{read} cannot be loaded: {type(error).__name__}: {said}", hint=hint) from error
-    return model
+        raise failure(f"{folder} cannot be loaded: {type(error).__name__}: {said}", hint=hint) from error
 
 
 def _cache_bytes(model: Any) -> int:
@@ -221,6 +239,9 @@ def exported_end_ids(genai_config: dict[str, Any]) -> frozenset[int]:
 
 def folder_of(job: Job, name: str) -> Path:
     """Return the folder of a backend's model. Raises EdgetuneError when there is none, or files of it are gone."""
+    if name in _OF_THE_ADAPTER and job.workflow.tuning is None:
+        where, hint = job.workflow.where("passes"), "use --backend base or onnx"
+        raise failure(f"there is no {name} model: the workflow has no fine-tuning pass", where=where, hint=hint)
     if name == "base":
         folder = job.base_folder
         if not (folder / "config.json").is_file():
@@ -260,10 +281,6 @@ def open_backend(job: Job, name: str) -> Backend:
     folder = folder_of(job, name)
     if name == "onnx":
         return OnnxBackend(folder)
-    return TorchBackend(
-        folder_of(job, "base") if name == "adapter" else folder,
-        dtype=job.workflow.lora.torch_dtype,
-        adapter=folder if name == "adapter" else None,
-        trusted=job.workflow.input_model.load_kwargs.trust_remote_code,
-        max_length=job.workflow.builder.search.get("max_length"),
-    )
+    if name == "adapter":
+        return adapter_backend(job, folder)
+    return torch_backend(job, folder, job.workflow.tuning.torch_dtype if job.workflow.tuning else "auto")

@@ -13,11 +13,13 @@ from edgetune.errors import EdgetuneError, Problem
 from edgetune.project import Project
 from edgetune.schema import (
     Accelerator,
+    DoRA,
     InputModel,
     LoadKwargs,
     LoRA,
     MergeAdapterWeights,
     ModelBuilder,
+    QLoRA,
     System,
     TrainingArguments,
     Workflow,
@@ -34,6 +36,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "pre_process_data_config": PreProcess,
     "training_args": TrainingArguments,
     "LoRA": LoRA,
+    "QLoRA": QLoRA,
+    "DoRA": DoRA,
     "MergeAdapterWeights": MergeAdapterWeights,
     "ModelBuilder": ModelBuilder,
 }
@@ -60,6 +64,10 @@ _SECRETS = {
     "a URL with a password": re.compile(r"://[^/@:\"]+:[^/@\"]+@"),
 }
 """What must not stand in a file that is committed."""
+
+_FINE_TUNING = ("LoRA", "QLoRA", "DoRA")
+_ORDERS = [["ModelBuilder"], *([tuning, "MergeAdapterWeights", "ModelBuilder"] for tuning in _FINE_TUNING)]
+"""The passes that the native engine runs, in the orders in which they make sense."""
 
 _OLIVE = "run with `--engine olive`"
 _README = "fine-tuning/README.md explains the keys"
@@ -161,17 +169,23 @@ def _explain(error: Any, source: JsonSource) -> Problem:
 def _check_references(workflow: Workflow) -> list[Problem]:
     """Check that names used in the file are defined in it, and that the passes are in a usable order."""
     order = [p.type for p in workflow.passes.values()]
-    if order != ["LoRA", "MergeAdapterWeights", "ModelBuilder"]:
-        hint = f"use LoRA, MergeAdapterWeights, ModelBuilder in this order, or {_OLIVE}"
+    if order not in _ORDERS:
+        hint = (
+            f"use one of {', '.join(_FINE_TUNING)}, then MergeAdapterWeights and ModelBuilder; "
+            f"ModelBuilder alone, to export the base model; or {_OLIVE}"
+        )
         return [Problem(f"the native engine does not run these passes: {order}", workflow.where("passes"), hint)]
     names = [data.name for data in workflow.data_configs]
-    lora, systems = workflow.lora, list(workflow.systems)
+    tuning, systems = workflow.tuning, list(workflow.systems)
     used = [
         ("host", workflow.host, systems, workflow.where("host")),
         ("target", workflow.target, systems, workflow.where("target")),
-        ("train_data_config", lora.train_data_config, names, workflow.where_in_pass("LoRA", "train_data_config")),
-        ("eval_data_config", lora.eval_data_config, names, workflow.where_in_pass("LoRA", "eval_data_config")),
     ]
+    if tuning is not None:
+        used += [
+            (key, getattr(tuning, key), names, workflow.where_in_tuning(key))
+            for key in ("train_data_config", "eval_data_config")
+        ]
     repeated = [
         Problem(f"two data sets are called {data.name!r}", workflow.where("data_configs", index, "name"), "rename one")
         for index, data in enumerate(workflow.data_configs)

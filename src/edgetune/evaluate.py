@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import config, download, verify
-from edgetune.backends import BACKENDS, OnnxBackend, open_backend
+from edgetune.backends import OnnxBackend, backends_of, open_backend
 from edgetune.checks.answers import answer_limit
 from edgetune.dataset import EVAL, metrics
 from edgetune.errors import failure
@@ -37,7 +37,7 @@ from edgetune.stages import (
     write_json,
 )
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 64
 _SPEED_PROMPT = 256
 _SPEED_ANSWER = 32
@@ -53,19 +53,20 @@ def evaluate(job: Job, limit: int | None = None) -> Record:
     """
     check_data(job)
     with run_lock(job.project):
-        keys = {name: _key(job, name, limit) for name in BACKENDS}
+        backends = backends_of(job)
+        keys = {name: _key(job, name, limit) for name in backends}
         key = key_of("metrics", _FORMAT, keys)
         known = read_metrics(job)
         if known is not None and known["key"] == key:
             job.progress.skip("evaluate")
             return known
-        folders = {name: model_folder(job, name) for name in BACKENDS}
+        folders = {name: model_folder(job, name) for name in backends}
         with job.progress.running("evaluate", job.project.log("evaluate")):
             rows = metrics(job)["sets"][EVAL]["rows"]
             job.progress.say(
-                f"{min(rows, limit or rows):,} rows for each of {', '.join(BACKENDS)}; loading libraries first"
+                f"{min(rows, limit or rows):,} rows for each of {', '.join(backends)}; loading libraries first"
             )
-        for name in BACKENDS:
+        for name in backends:
             if not _is_complete(_answers_file(job, name, limit), keys[name]):
                 # The memory of the exported model is not to have torch in it, which it does not need.
                 imports = () if name == "onnx" else _IMPORTS
@@ -81,7 +82,7 @@ def check_data(job: Job) -> None:
     if job.workflow.eval_data is None:
         raise failure(
             "there are no evaluation data: the fine-tuning pass names no eval_data_config",
-            where=job.workflow.where_in_pass("LoRA"),
+            where=job.workflow.where_in_tuning(),
             hint="`edgetune data --write-split 0.1` sets a tenth of the rows aside",
         )
 
@@ -107,19 +108,15 @@ def model_folder(job: Job, name: str) -> Path:
 
 
 def _key(job: Job, name: str, limit: int | None) -> str:
-    project = job.project
-    model = {
-        "base": download.digests(job, weights=True),
-        "adapter": [download.digests(job, weights=True), published(project.stage_folder("train"))],
-        "merged": published(project.stage_folder("merge")),
-        "onnx": published(model_folder(job, "onnx")),
-    }[name]
+    model: list[Any] = [] if name == "base" else [published(model_folder(job, name))]
+    if name in ("base", "adapter"):
+        model.append(download.digests(job, weights=True))
     content = {
         "model": model,
-        "data": [job.keys["data"], published(project.stage_folder("data"))],
+        "data": [job.keys["data"], published(job.project.stage_folder("data"))],
         "limit": limit,
         "max_length": job.workflow.builder.search.get("max_length"),
-        "dtype": job.workflow.lora.torch_dtype,
+        "dtype": job.workflow.tuning and job.workflow.tuning.torch_dtype,
     }
     return key_of("evaluate", _FORMAT, content)
 
@@ -159,7 +156,7 @@ def _count(root: Path, keys: dict[str, str], folders: dict[str, Path], limit: in
     job = _job(root)
     with job.progress.running("evaluate", job.project.log("evaluate")):
         job.progress.advance(0, 1, "counting")
-        answered = {name: _read(_answers_file(job, name, limit), keys[name]) for name in BACKENDS}
+        answered = {name: _read(_answers_file(job, name, limit), keys[name]) for name in keys}
         return summarise(job, examples(job, EVAL, limit), answered, folders)
 
 
@@ -255,4 +252,5 @@ def table(found: Record) -> Iterator[str]:
             f"{entry['better']} better, {entry['worse']} worse (p = {entry['p']:.2g}: {entry['verdict']})"
         )
     for row in found["flipped"]:
-        yield f"{row['where']}: merged says {row['merged']!r}, onnx {row['onnx']!r}, expected {row['expected']!r}"
+        before = f"{found['exported_from']} says {row['before']!r}"
+        yield f"{row['where']}: {before}, onnx {row['onnx']!r}, expected {row['expected']!r}"

@@ -1,4 +1,7 @@
-"""Export the merged model with onnxruntime-genai's builder: ``gen-model/merged/`` → ``gen-model/onnx.candidate/``."""
+"""Export with onnxruntime-genai's builder: ``gen-model/merged/`` → ``gen-model/onnx.candidate/``.
+
+Without a fine-tuning pass, it is the base model that is exported.
+"""
 
 import json
 import shutil
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.backends import GENAI_CONFIG
+from edgetune.download import digests
 from edgetune.errors import failure, missing_extra
 from edgetune.stages import Job, Stage, published, write_json
 
@@ -15,14 +19,18 @@ _DEVICE = "cpu"  # the builder's name of the one execution provider the schema l
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the exported model depends on."""
     return {
-        "merged": [job.keys["merge"], published(job.project.stage_folder("merge"))],
+        **(_merged(job) if job.workflow.tuning else {"base": digests(job, weights=True)}),
         "pass": job.workflow.builder.model_dump(exclude_none=True),
     }
 
 
+def _merged(job: Job) -> dict[str, Any]:
+    return {"merged": [job.keys["merge"], published(job.project.stage_folder("merge"))]}
+
+
 def build(job: Job, folder: Path) -> dict[str, Any]:
     """Write the ONNX model. Raises EdgetuneError when the builder cannot, or what it made is not usable."""
-    source = job.project.stage_folder("merge")
+    source = source_folder(job)
     builder = job.workflow.builder
     run_builder(job, source, folder, builder.precision, builder.builder_options())
     config_path = folder / GENAI_CONFIG
@@ -41,6 +49,11 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
 
 
 STAGE = Stage("export", 1, inputs, build)
+
+
+def source_folder(job: Job) -> Path:
+    """Return the folder of the model that is exported: the merged one, or the base model without a fine-tuning pass."""
+    return job.project.stage_folder("merge") if job.workflow.tuning else job.base_folder
 
 
 def run_builder(job: Job, source: Path, folder: Path, precision: str, options: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """What the answers of the models are worth, in numbers."""
 
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from edgetune.backends import exported_from
 from edgetune.dataset import EVAL, TRAIN
 from edgetune.dataset import metrics as data_metrics
 from edgetune.examples import Example, has_labels
@@ -15,7 +17,6 @@ OTHER = "(other)"
 
 # Chinese, Japanese and Korean characters count as words: these texts have no spaces between them.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-_COMPARED = (("base", "merged"), ("merged", "onnx"), ("base", "onnx"))
 
 Record = dict[str, Any]
 
@@ -25,6 +26,7 @@ def summarise(job: Job, asked: list[Example], answered: dict[str, list[Record]],
     labels = _labels(job, asked)
     lines = {name: sorted(records[:-1], key=lambda line: line["number"]) for name, records in answered.items()}
     hits = {name: _hits(asked, of_backend) for name, of_backend in lines.items()}
+    before = exported_from(job)
     backends = {}
     for name, of_backend in lines.items():
         confusion = _confusion(labels, asked, of_backend) if labels else None
@@ -39,9 +41,10 @@ def summarise(job: Job, asked: list[Example], answered: dict[str, list[Record]],
         "data": {**_data(job), "asked": len(asked)},
         "metric": "accuracy" if labels else "exact_match",
         "labels": labels,
+        "exported_from": before,
         "backends": backends,
         "comparisons": _comparisons(labels, lines, hits),
-        "flipped": _flipped(asked, lines, hits),
+        "flipped": _flipped(before, asked, lines, hits),
     }
 
 
@@ -112,7 +115,7 @@ def _rouge_l(asked: list[Example], lines: list[Record]) -> float:
 def _comparisons(labels: list[str], lines: dict[str, list[Record]], hits: dict[str, list[bool]]) -> list[Record]:
     """Compare models on the same examples: right answers, and for free text the losses of the expected ones too."""
     found = []
-    for before, after in _COMPARED:
+    for before, after in combinations([name for name in lines if name != "adapter"], 2):
         shares = [sum(hits[name]) / len(hits[name]) for name in (before, after)]
         test = compare_hits(hits[before], hits[after])
         found.append(_comparison(before, after, "accuracy" if labels else "exact_match", shares, test))
@@ -137,16 +140,18 @@ def _comparison(before: str, after: str, metric: str, values: list[float], test:
     }
 
 
-def _flipped(asked: list[Example], lines: dict[str, list[Record]], hits: dict[str, list[bool]]) -> list[Record]:
-    """Return the examples that only one of the merged and the exported model gets right."""
+def _flipped(
+    before: str, asked: list[Example], lines: dict[str, list[Record]], hits: dict[str, list[bool]]
+) -> list[Record]:
+    """Return the examples that only one of the exported model and the one it was made from gets right."""
     return [
         {
             "where": example.where,
             "question": example.question,
             "expected": example.expected,
-            "merged": lines["merged"][number]["text"],
+            "before": lines[before][number]["text"],
             "onnx": lines["onnx"][number]["text"],
         }
         for number, example in enumerate(asked)
-        if hits["merged"][number] != hits["onnx"][number]
+        if hits[before][number] != hits["onnx"][number]
     ]

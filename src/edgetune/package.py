@@ -169,7 +169,7 @@ def _metadata(job: Job, facts: dict[str, Any], licence: Licence) -> str:
         pipeline_tag="text-generation",
         library_name="onnxruntime-genai",
         datasets=[entry["hub"]["id"] for entry in facts["data"] if entry["hub"] and entry["role"] == "train"] or None,
-        tags=["onnx", "onnxruntime", facts["precision"], "fine-tuned", "edgetune"],
+        tags=["onnx", "onnxruntime", facts["precision"], *(["fine-tuned"] if facts["tuned"] else []), "edgetune"],
     )
     return str(data.to_yaml()).strip()
 

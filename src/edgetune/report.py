@@ -70,6 +70,7 @@ def collect(job: Job) -> Facts:
         "quality": quality(found),
         "size": found.size,
         "speeds": list(_speeds(found)),
+        "tuned": job.workflow.tuning is not None,
         "training": _training(job, found),
         "data": list(_data(job, found)),
         "labels": _labels(found),
@@ -92,7 +93,8 @@ class Results:
     def read(cls, job: Job) -> "Results":
         """Read the manifests, and what ``verify`` and ``evaluate`` wrote."""
         project, verdict = job.project, read_json(job.project.verdict)
-        manifests = {stage: read_manifest(project.stage_folder(stage)) for stage in ("data", "train", "merge")}
+        made = [stage.name for stage in workflow.stages_of(job) if stage.name != "export"]
+        manifests = {stage: read_manifest(project.stage_folder(stage)) for stage in made}
         judged = [project.root / verdict["model"]] if verdict else []
         folders = (*judged, project.stage_folder("verify"), project.stage_folder("export"))
         exported = next((manifest for folder in folders if (manifest := read_manifest(folder))), None)
@@ -210,6 +212,7 @@ def quality(found: Results) -> Facts | None:
             {**entry, "from": found.title(entry["from"]), "to": found.title(entry["to"])}
             for entry in metrics.get("comparisons", ())
         ],
+        "exported_from": found.title(metrics["exported_from"]),
         "flipped": metrics.get("flipped", [])[:_FLIPS_SHOWN],
         "more_flipped": max(0, len(metrics.get("flipped", [])) - _FLIPS_SHOWN),
     }
@@ -276,7 +279,7 @@ def base_model(job: Job) -> Facts:
 
 
 def _training(job: Job, found: Results) -> Facts | None:
-    manifest = found.manifests["train"]
+    manifest = found.manifests.get("train")
     if manifest is None:
         return None
     path = job.project.stage_folder("train") / "loss.json"

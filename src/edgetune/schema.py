@@ -148,10 +148,9 @@ TrainingArguments: type[_TrainingArguments] = create_model(
 )
 
 
-class LoRA(Strict):
-    """Olive's LoRA pass."""
+class _FineTuning(Strict):
+    """What Olive's fine-tuning passes have in common."""
 
-    type: Literal["LoRA"]
     r: Annotated[int, Field(ge=1)] = 64
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -160,6 +159,31 @@ class LoRA(Strict):
     train_data_config: str
     eval_data_config: str | None = None
     training_args: TrainingArguments = TrainingArguments()  # type: ignore[valid-type]
+
+
+class LoRA(_FineTuning):
+    """Olive's LoRA pass."""
+
+    type: Literal["LoRA"]
+
+
+class DoRA(_FineTuning):
+    """Olive's DoRA pass: LoRA for the direction of each row of a matrix, and a trained length for the row."""
+
+    type: Literal["DoRA"]
+
+
+class QLoRA(_FineTuning):
+    """Olive's QLoRA pass: LoRA on a base model in 4 bits."""
+
+    type: Literal["QLoRA"]
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = False
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    """None: as ``torch_dtype``."""
+
+
+FineTuning = LoRA | QLoRA | DoRA
 
 
 class MergeAdapterWeights(Strict):
@@ -195,7 +219,7 @@ class ModelBuilder(Strict):
         return self.model_dump(exclude={"type", "precision", "search"}, exclude_none=True)
 
 
-Pass = Annotated[LoRA | MergeAdapterWeights | ModelBuilder, Field(discriminator="type")]
+Pass = Annotated[FineTuning | MergeAdapterWeights | ModelBuilder, Field(discriminator="type")]
 
 
 class Workflow(Strict):
@@ -203,7 +227,7 @@ class Workflow(Strict):
 
     input_model: InputModel
     systems: dict[str, System]
-    data_configs: list[DataConfig]
+    data_configs: Annotated[list[DataConfig], Field(min_length=1)]
     passes: dict[str, Pass]
     host: str | None = None
     target: str
@@ -228,6 +252,10 @@ class Workflow(Strict):
         name = next(name for name, p in self.passes.items() if p.type == kind)
         return self.where("passes", name, *location)
 
+    def where_in_tuning(self, *location: str) -> str:
+        """Return ``file:line`` of a value of the fine-tuning pass."""
+        return self.where("passes") if self.tuning is None else self.where_in_pass(self.tuning.type, *location)
+
     def where_in_data(self, data: "DataConfig", *location: str) -> str:
         """Return ``file:line`` of a value of a data config."""
         return self.where("data_configs", self.data_configs.index(data), *location)
@@ -237,9 +265,9 @@ class Workflow(Strict):
         return self.where_in_data(data, "pre_process_data_config", data.pre_process_data_config.contract_key)
 
     @property
-    def lora(self) -> LoRA:
-        """The fine-tuning pass."""
-        return next(p for p in self.passes.values() if isinstance(p, LoRA))
+    def tuning(self) -> FineTuning | None:
+        """The fine-tuning pass; None when the base model is exported as it is."""
+        return next((p for p in self.passes.values() if isinstance(p, FineTuning)), None)
 
     @property
     def builder(self) -> ModelBuilder:
@@ -248,13 +276,15 @@ class Workflow(Strict):
 
     @property
     def train_data(self) -> DataConfig:
-        """The data the adapter is trained on."""
-        return self._data(self.lora.train_data_config)
+        """The data the adapter is trained on; without a fine-tuning pass, the first in the file."""
+        return self.data_configs[0] if self.tuning is None else self._data(self.tuning.train_data_config)
 
     @property
     def eval_data(self) -> DataConfig | None:
-        """The data the adapter is evaluated on, if the pass names any."""
-        name = self.lora.eval_data_config
+        """The data the models are evaluated on, if the pass names any; without a pass, the second in the file."""
+        if self.tuning is None:
+            return next(iter(self.data_configs[1:]), None)
+        name = self.tuning.eval_data_config
         return None if name is None else self._data(name)
 
     @property

@@ -19,13 +19,14 @@ _RUN_DIGITS = 8
 
 def chosen(job: Job) -> list[str]:
     """Return the trackers that the training arguments name."""
-    given = job.workflow.lora.training_args.report_to  # type: ignore[attr-defined]
+    tuning = job.workflow.tuning
+    given = tuning.training_args.report_to if tuning else "none"  # type: ignore[attr-defined]
     return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
 
 
 def check(job: Job) -> None:
     """Raise EdgetuneError when a tracker is not installed."""
-    where = job.workflow.where_in_pass("LoRA", "training_args", "report_to")
+    where = job.workflow.where_in_tuning("training_args", "report_to")
     refuse(
         Problem(
             f"report_to: the package {name} is not installed",

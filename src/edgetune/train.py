@@ -1,7 +1,7 @@
-"""Train the adapter: base model + tokenised data + LoRA pass → ``gen-model/adapter/``.
+"""Train the adapter: base model + tokenised data + fine-tuning pass → ``gen-model/adapter/``.
 
-PEFT's LoRA on a transformers Trainer, with the loss on completions only. An interrupted run continues from
-its last whole checkpoint.
+PEFT's LoRA on a transformers Trainer, with the loss on completions only; for QLoRA the base model is in 4 bits. An
+interrupted run continues from its last whole checkpoint.
 """
 
 import json
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from edgetune import trackers
 from edgetune.dataset import Tokens
 from edgetune.download import digests
-from edgetune.errors import EdgetuneError, Problem, failure, missing_extra
+from edgetune.errors import Problem, failure, missing_extra, refuse
+from edgetune.loading import device, fine_tuning, load_base
 from edgetune.prompt import Sample, end_token_ids
+from edgetune.quantised import Quantisation
+from edgetune.schema import QLoRA
 from edgetune.stages import (
     MANIFEST,
     Hashes,
@@ -34,18 +37,19 @@ if TYPE_CHECKING:
 
 _CHECKPOINTS = "checkpoints"
 _SAVES_PER_RUN = 10
+_LOGGING_STEPS = 500  # of transformers, which evaluates as often unless told otherwise
 _IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the adapter depends on."""
-    lora = job.workflow.lora.model_dump(exclude={"train_data_config", "eval_data_config"}, exclude_none=True)
+    tuning = fine_tuning(job).model_dump(exclude={"train_data_config", "eval_data_config"}, exclude_none=True)
     for name in _ONLY_TIME_AND_LOGS:
-        lora["training_args"].pop(name, None)
+        tuning["training_args"].pop(name, None)
     return {
         "base": digests(job, weights=True),
         "data": [job.keys["data"], published(job.project.stage_folder("data"))],
-        "pass": lora,
+        "pass": tuning,
     }
 
 
@@ -84,7 +88,9 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     tokens = Tokens(job.project.stage_folder("data"), "train")
     arguments = _training_arguments(job, folder / _CHECKPOINTS)
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
-    model = _model_with_adapter(job)
+    base = load_base(job)
+    quantisation = Quantisation.of(base, fine_tuning(job))
+    model = _with_adapter(job, base)
     with _argument_errors(job):
         trainer = transformers.Trainer(
             model=model,
@@ -101,17 +107,22 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job, folder / _CHECKPOINTS))
     trackers.finish(job)
     metrics = _metrics(trainer, result.metrics)
+    if metrics["best_step"]:
+        job.progress.say(
+            f"the adapter of step {metrics['best_step']} is the best: eval loss {metrics['eval_loss']:.4f}"
+        )
     if not all(torch.isfinite(weight).all() for weight in model.parameters() if weight.requires_grad):
         # The checkpoints hold the same; without them, the next run starts over.
         shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
         raise failure(
             "training diverged: the adapter holds values that are not numbers",
-            where=job.workflow.where_in_pass("LoRA", "training_args", "learning_rate"),
+            where=job.workflow.where_in_tuning("training_args", "learning_rate"),
             hint="lower learning_rate (a tenth of it is a good try)",
         )
     # PEFT has put the local path there, which says nothing on another machine.
     model.peft_config["default"].base_model_name_or_path = job.base_id
     model.save_pretrained(folder, save_embedding_layers=False)
+    quantisation.write(folder)
     write_json(folder / "loss.json", trainer.state.log_history)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     return metrics
@@ -121,28 +132,30 @@ STAGE = Stage("train", 1, inputs, build)
 
 
 def check_target_modules(job: Job) -> None:
-    """Raise EdgetuneError when a name in ``target_modules`` matches no weight of the base model."""
-    wanted = job.workflow.lora.target_modules
-    if wanted is None:
-        return
-    shapes = tensor_shapes(job.base_folder)
+    """Raise EdgetuneError when a name in ``target_modules`` matches no linear layer, or not that of every layer."""
     modules = {
         name.removesuffix(".weight")
-        for name, shape in shapes.items()
+        for name, shape in tensor_shapes(job.base_folder).items()
         if name.endswith(".weight") and len(shape) == 2 and "embed" not in name  # noqa: PLR2004 - a linear layer
     }
-    layers = {name.rpartition(".")[2] for name in modules}
-    problems = [
-        Problem(
-            f"target_modules: {name!r} matches no linear layer of {job.base_id}",
-            job.workflow.where_in_pass("LoRA", "target_modules"),
-            f"its linear layers are: {', '.join(sorted(layers))}",
-        )
-        for name in wanted
-        if not any(module == name or module.endswith("." + name) for module in modules)
-    ]
-    if problems:
-        raise EdgetuneError(problems)
+    where = job.workflow.where_in_tuning("target_modules")
+    wanted = fine_tuning(job).target_modules or []
+    refuse(problem for name in wanted if (problem := _mismatch(job, name, modules, where)))
+
+
+def _mismatch(job: Job, name: str, modules: set[str], where: str) -> Problem | None:
+    """Say what is wrong with a name: PEFT takes it for the end of a module's path."""
+    matched = {module for module in modules if f".{module}".endswith(f".{name}")}
+    leaf = name.rpartition(".")[2]
+    alike = {module for module in modules if module.rpartition(".")[2] == leaf}
+    if not matched:
+        leaves = sorted({module.rpartition(".")[2] for module in modules})
+        hint = f"its linear layers are: {', '.join(leaves)}"
+        return Problem(f"target_modules: {name!r} matches no linear layer of {job.base_id}", where, hint)
+    if matched != alike:
+        message = f"target_modules: {name!r} matches {len(matched)} of the {len(alike)} layers {leaf!r}"
+        return Problem(message, where, f"write {leaf!r} to train it in every layer")
+    return None
 
 
 def tensor_shapes(model: Path) -> dict[str, list[int]]:
@@ -162,10 +175,12 @@ def _training_arguments(job: Job, output: Path) -> Any:
     """Make transformers' TrainingArguments: the file's values, Olive's defaults, and what the runtime owns."""
     from transformers import TrainingArguments
 
-    given = job.workflow.lora.training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    given = fine_tuning(job).training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
     given.setdefault("eval_strategy", "steps" if job.workflow.eval_data else "no")
     if job.workflow.eval_data is None:
         given["eval_strategy"] = "no"
+    if given.get("load_best_model_at_end"):
+        given |= _save_when_evaluated(job, given)
     # Checkpoints are for resuming after an interruption: a share of the run, whatever its length.
     given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
     given.setdefault("save_total_limit", 2)
@@ -175,8 +190,24 @@ def _training_arguments(job: Job, output: Path) -> Any:
     given.setdefault("dataloader_pin_memory", False)
     with _argument_errors(job):
         return TrainingArguments(
-            output_dir=str(output), use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **given
+            output_dir=str(output),
+            use_cpu=device() == "cpu",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **given,
         )
+
+
+def _save_when_evaluated(job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    """Return when to save so that the best checkpoint can be gone back to, unless the file says when."""
+    if job.workflow.eval_data is None:
+        where = job.workflow.where_in_tuning("training_args", "load_best_model_at_end")
+        hint = "`edgetune data --write-split 0.1` sets some rows aside; name them in eval_data_config"
+        raise failure(
+            "load_best_model_at_end: there are no evaluation data to tell which is best", where=where, hint=hint
+        )
+    steps = given.get("eval_steps", given.get("logging_steps", _LOGGING_STEPS))
+    return {"save_strategy": given["eval_strategy"], "save_steps": steps} | given
 
 
 @contextmanager
@@ -185,42 +216,37 @@ def _argument_errors(job: Job) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        where = job.workflow.where_in_pass("LoRA", "training_args")
+        where = job.workflow.where_in_tuning("training_args")
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise failure(f"training_args: {said}", where=where, hint="correct the argument or remove it") from error
 
 
-def _model_with_adapter(job: Job) -> Any:
-    """Load the base model in the pass's dtype and put fresh LoRA layers (float32) on it."""
+def _with_adapter(job: Job, base: Any) -> Any:
+    """Put fresh LoRA layers (float32) on the base model."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    lora = job.workflow.lora
-    base = AutoModelForCausalLM.from_pretrained(
-        job.base_folder,
-        dtype=getattr(torch, lora.torch_dtype),
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=job.workflow.input_model.load_kwargs.trust_remote_code,
-    )
+    tuning = fine_tuning(job)
     base.config.use_cache = False
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        r=tuning.r,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.lora_dropout,
+        # Stock Olive trains every layer it has put into 4 bits.
+        target_modules=tuning.target_modules or ("all-linear" if isinstance(tuning, QLoRA) else None),
+        use_dora=tuning.type == "DoRA",
     )
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        where = job.workflow.where_in_pass("LoRA", "target_modules")
+        where = job.workflow.where_in_tuning("target_modules")
         raise failure(str(error).splitlines()[0], where=where, hint="name the layers in target_modules") from None
     trained, total = model.get_nb_trainable_parameters()
+    precision = f"{tuning.quant_type} in {tuning.torch_dtype}" if isinstance(tuning, QLoRA) else tuning.torch_dtype
     job.progress.say(
-        f"LoRA r {lora.r} on {', '.join(sorted(model.peft_config['default'].target_modules))}: "
-        f"{trained:,} of {total:,} parameters; {lora.torch_dtype} on cpu, {torch.get_num_threads()} threads"
+        f"{tuning.type} r {tuning.r} on {', '.join(sorted(model.peft_config['default'].target_modules))}: "
+        f"{trained:,} of {total:,} parameters; {precision} on {device()}, {torch.get_num_threads()} threads"
     )
     return model
 
@@ -294,10 +320,12 @@ def _last_whole_checkpoint(job: Job, folder: Path) -> str | None:
 
 
 def _metrics(trainer: "Trainer", result: dict[str, float]) -> dict[str, Any]:
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     return {
         "steps": trainer.state.global_step,
+        "best_step": best,
         "loss": result["train_loss"],
-        "eval_loss": evaluations[-1] if evaluations else None,
+        "eval_loss": evaluations.get(best or max(evaluations, default=0)),
         "rows_per_second": result.get("train_samples_per_second"),
     }

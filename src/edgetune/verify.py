@@ -4,6 +4,7 @@ Reads the base model, ``gen-model/adapter/``, ``merged/`` and ``onnx.candidate/`
 ``onnx/``, another one ``onnx.rejected/``. What was found is in ``gen-model/verify.json``.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import download
+from edgetune.backends import exported_from
 from edgetune.checks.answers import Losses, Quantisation, adapter_losses, quantisation
 from edgetune.checks.conversion import ConversionFindings, compare_conversion
 from edgetune.checks.merge import MergeFindings, compare_weights
 from edgetune.checks.tokens import token_faults
 from edgetune.errors import GateError, Problem
 from edgetune.examples import Example, examined_set, examples, has_labels
+from edgetune.export import source_folder
 from edgetune.scores import SIGNIFICANT, compare_hits, compare_losses, perplexity
 from edgetune.stages import (
     Job,
@@ -42,6 +45,8 @@ _LOGIT_TOLERANCE = 1e-3
 _ENDED = 0.99
 _ROWS_FOR_A_TEST = 6  # with fewer, the paired tests never come below 0.05, whatever the models say
 _NAMED = 3  # tensors
+_LEARNED, _MERGED = "the adapter learned", "the merge is exact"
+_NO_TUNING = "the workflow has no fine-tuning pass"
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _examine(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> di
     reset_peak_memory()
     started, checks = time.monotonic(), []
     job.hashes.forget()
-    steps = [job.project.stage_folder(stage) for stage in ("train", "merge")]
+    steps = [job.project.stage_folder(stage) for stage in ("train", "merge")] if job.workflow.tuning else []
     damage = damage or changed_files(job, [*steps, model])
     for check in [_files(damage)] if damage else _checks(job, model, limits):
         job.progress.say(
@@ -162,7 +167,8 @@ def _move(job: Job, model: Path, *, passed: bool) -> None:
 
 
 def _key(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> str:
-    folders = {stage: published(job.project.stage_folder(stage)) for stage in ("data", "train", "merge")}
+    stages = ("data", "train", "merge") if job.workflow.tuning else ("data",)
+    folders = {stage: published(job.project.stage_folder(stage)) for stage in stages}
     content = {
         "base": download.digests(job, weights=True),
         **folders,
@@ -188,9 +194,10 @@ def _refusal(job: Job, verdict: dict[str, Any]) -> GateError:
     where = job.project.name(job.project.verdict)
     failed = [check for check in verdict["checks"] if check["passed"] is False]
     problems = [Problem(f"failed: {check['title']}: {check['summary']}", where, check["cause"]) for check in failed]
+    before = exported_from(job)
     aside = f"the model is set aside in {verdict['model']}"
     return GateError(
-        [*problems, Problem(aside, hint="`edgetune infer --backend merged` asks the model before the export")]
+        [*problems, Problem(aside, hint=f"`edgetune infer --backend {before}` asks the model before the export")]
     )
 
 
@@ -212,13 +219,18 @@ def _files(damage: Sequence[str]) -> Check:
 def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
     role = examined_set(job)
     rows = examples(job, role, limits.rows)
-    merge = compare_weights(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
-    losses = adapter_losses(job, rows)
-    yield _learned(merge, losses, role)
-    found = quantisation(job, model, rows, losses.logits)
-    yield _merged(merge, found)
+    if job.workflow.tuning is None:
+        yield Check("adapter", _LEARNED, None, _NO_TUNING)
+        yield Check("merge", _MERGED, None, _NO_TUNING)
+        found = quantisation(job, model, rows)
+    else:
+        merge = compare_weights(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
+        losses = adapter_losses(job, rows)
+        yield _learned(merge, losses, role)
+        found = quantisation(job, model, rows, losses.logits)
+        yield _merged(merge, losses, found)
     work = partial_folder(job.project.results / "verify")
-    yield _converted(compare_conversion(job, job.project.stage_folder("merge"), work))
+    yield _converted(compare_conversion(job, source_folder(job), work))
     yield _quantised(job, found, limits)
     yield _stopping(job, model, found, rows)
 
@@ -233,17 +245,21 @@ def _learned(merge: MergeFindings, losses: Losses, role: str) -> Check:
         cause = "training made it worse: lower learning_rate, and look at the loss in gen-model/adapter/loss.json"
     passed = merge.matrices > 0 == merge.zero and losses.adapter < losses.base
     numbers = {"base_loss": losses.base, "adapter_loss": losses.adapter, "zero_matrices": merge.zero}
-    return Check("adapter", "the adapter learned", passed, summary, "" if passed else cause, numbers)
+    return Check("adapter", _LEARNED, passed, summary, "" if passed else cause, numbers)
 
 
-def _merged(merge: MergeFindings, found: Quantisation) -> Check:
-    passed, cause = not merge.wrong, ""
+def _merged(merge: MergeFindings, losses: Losses, found: Quantisation) -> Check:
+    """Judge the weights, and whether the merged model knows what the adapter knows on the 4-bit base of QLoRA."""
+    loss = found.merged_total / found.tokens
     summary = (
-        f"{merge.matrices} matrices are W + s·BA to {merge.largest_ulps:.2f} units in the last place, "
+        f"{merge.matrices} matrices are as the adapter makes them to {merge.largest_ulps:.2f} units in the last place, "
         f"{merge.others} tensors are the base model's; "
-        f"logits differ from the adapter's by up to {found.adapter_distance:.2%}"
+        f"logits differ from the adapter's by up to {found.adapter_distance:.2%}, "
+        f"loss {losses.adapter:.4f} → {loss:.4f}"
     )
     cause = ""
+    if not 100 * math.expm1(loss - losses.adapter) <= _MAX_RISE:
+        cause = "the merged model is worse than its adapter on the 4-bit base model: train with LoRA instead of QLoRA"
     if merge.wrong:
         more = len(merge.wrong) - _NAMED
         summary = "; ".join(merge.wrong[:_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -257,8 +273,9 @@ def _merged(merge: MergeFindings, found: Quantisation) -> Check:
         "wrong": len(merge.wrong or ()),
         "largest_ulps": merge.largest_ulps,
         "adapter_logit_distance": found.adapter_distance,
+        "merged_loss": loss,
     }
-    return Check("merge", "the merge is exact", passed, summary, cause, numbers)
+    return Check("merge", _MERGED, not cause, summary, cause, numbers)
 
 
 def _converted(found: ConversionFindings) -> Check:
@@ -273,6 +290,7 @@ def _converted(found: ConversionFindings) -> Check:
 
 
 def _quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
+    before = exported_from(job)
     drop, sentence, p, numbers = _cost(found, labels=has_labels(job))
     agreement, divergence = found.same_top / found.tokens, found.divergence / found.tokens
     allowed = limits.max_drop or 0.0
@@ -280,7 +298,7 @@ def _quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
     passed = found.is_finite and not (drop > allowed and (p < SIGNIFICANT or too_few))
     verdict = "too few rows to tell from noise" if too_few else "more than noise" if p < SIGNIFICANT else "noise"
     summary = (
-        f"{agreement:.1%} of {found.tokens:,} tokens agree with merged, mean KL {divergence:.4f}; "
+        f"{agreement:.1%} of {found.tokens:,} tokens agree with {before}, mean KL {divergence:.4f}; "
         f"{sentence} (p = {p:.2g}: {verdict}; a loss of {allowed:g} is let through)"
     )
     cause = (
@@ -310,20 +328,23 @@ def _cost(found: Quantisation, *, labels: bool) -> tuple[float, str, float, dict
 
 
 def _stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) -> Check:
-    faults = token_faults(job, job.project.stage_folder("merge"), model, rows)
+    faults = token_faults(job, source_folder(job), model, rows)
     total = len(found.asked)
-    merged, onnx = (
-        sum(answer.stop_reason == "stop" for answer in answers)
-        for answers in (found.merged_answers, found.onnx_answers)
+    before, after = (
+        [answer.stop_reason == "stop" for answer in answers] for answers in (found.merged_answers, found.onnx_answers)
     )
-    cause = ""
-    if onnx < merged or onnx < _ENDED * total:
+    merged, onnx, cause = sum(before), sum(after), ""
+    if job.workflow.tuning is None:  # nobody taught it to end within so many tokens
+        run_on = onnx < merged and compare_hits(before, after).p < SIGNIFICANT
+    else:
+        run_on = onnx < max(merged, _ENDED * total)
+    if run_on:
         cause = "answers run on: train for longer, or export with less loss (int4_algo_config k_quant_mixed)"
     if faults:
         cause = (
             "applications would give the model other ids than it was trained with, or run past its answers: "
             "check generation_config.json of the base model, or choose another one"
         )
-    summary = "; ".join([*faults, f"{onnx} of {total} answers end with an end token (merged: {merged})"])
+    summary = "; ".join([*faults, f"{onnx} of {total} answers end with an end token ({exported_from(job)}: {merged})"])
     numbers = {"asked": total, "ended": onnx, "merged_ended": merged}
     return Check("tokens", "tokens and stopping", not cause, summary, cause, numbers)

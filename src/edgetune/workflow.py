@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import dataset, download, export, merge, train, verify
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, failure
 from edgetune.stages import (
     Job,
     Stage,
@@ -22,6 +22,7 @@ from edgetune.stages import (
 )
 
 STAGES: tuple[Stage, ...] = (dataset.STAGE, train.STAGE, merge.STAGE, export.STAGE)
+"""Without a fine-tuning pass, only ``data`` and ``export`` are run."""
 STEPS = ("download", *(stage.name for stage in STAGES), "verify")
 
 
@@ -45,7 +46,7 @@ def check(job: Job, limits: verify.Limits) -> None:
     """
     with _writing(job):
         job.hashes.forget()
-        for stage in STAGES:
+        for stage in stages_of(job):
             for folder in _places(job, stage):
                 recover(folder)
         model = verify.exported(job)
@@ -54,6 +55,11 @@ def check(job: Job, limits: verify.Limits) -> None:
             verify.verify(job, model, limits, damage)
         _run_steps(job, "export")
         _run_verify(job, limits, repeat=True)
+
+
+def stages_of(job: Job) -> list[Stage]:
+    """Return the stages that the job's workflow has."""
+    return [stage for stage in STAGES if job.workflow.tuning or stage not in (train.STAGE, merge.STAGE)]
 
 
 @contextmanager
@@ -66,8 +72,13 @@ def _writing(job: Job) -> Iterator[None]:
 
 
 def _run_steps(job: Job, last: str, *, source: Path | None = None, update_lock: bool = False) -> None:
+    if last in ("train", "merge") and job.workflow.tuning is None:
+        where, hint = job.workflow.where("passes"), "`edgetune finetune` exports the base model as it is"
+        raise failure(f"there is nothing to {last}: the workflow has no fine-tuning pass", where=where, hint=hint)
     _run_download(job, last, source=source, update_lock=update_lock)
-    for stage in STAGES[: STEPS.index(last)]:
+    for stage in stages_of(job):
+        if STEPS.index(stage.name) > STEPS.index(last):
+            break
         _run_stage(job, stage)
         if stage is dataset.STAGE:
             dataset.check_rejected(job)
@@ -84,7 +95,7 @@ def _damage(job: Job, model: Path) -> list[str]:
     A missing adapter counts: nothing else can show that the model was trained. Other missing results are soon made.
     """
     current = []
-    for stage in STAGES:
+    for stage in stages_of(job):
         key = job.keys[stage.name] = key_of(stage.name, stage.format, stage.inputs(job))
         folder = verify.exported(job, key) if stage is export.STAGE else job.project.stage_folder(stage.name)
         manifest = read_manifest(folder) if folder else None
@@ -144,7 +155,7 @@ def status(job: Job) -> list[StepState]:
     whole = download.is_current(job)
     state = "up to date" if whole else "incomplete" if job.base_folder.exists() else "missing"
     states = [StepState("download", state, project.name(job.base_folder), job.base_id)]
-    states += [_stage_state(job, stage) for stage in STAGES]
+    states += [_stage_state(job, stage) for stage in stages_of(job)]
     changed = next((state.step for state in states[1:] if state.state != "up to date"), "")
     states.append(_verify_state(job, changed))
     job.hashes.save()

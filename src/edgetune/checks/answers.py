@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgetune.backends import OnnxBackend, TorchBackend, open_backend
+from edgetune.backends import OnnxBackend, TorchBackend, exported_from, open_backend
 from edgetune.examples import Example
 from edgetune.generation import Answer, Backend, Sampling
 from edgetune.scores import completion_loss, divergence, log_probabilities, loss_of
 from edgetune.stages import Job
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from edgetune.generation import Logits
@@ -52,7 +53,7 @@ def adapter_losses(job: Job, examples: list[Example]) -> Losses:
 
 @dataclass
 class Quantisation:
-    """The exported model against the merged one, on the same examples."""
+    """The exported model against the one it was made from, on the same examples."""
 
     merged_loss: list[float] = field(default_factory=list)
     """In nats for a token, for each example."""
@@ -96,14 +97,16 @@ class Quantisation:
         return [answer.text == example.expected for answer, example in zip(answers, self.asked, strict=True)]
 
 
-def quantisation(job: Job, model: "Path", examples: list[Example], adapter_logits: "list[Logits]") -> Quantisation:
-    """Load the merged and the exported model, and put the examples to both."""
+def quantisation(
+    job: Job, model: "Path", examples: list[Example], adapter_logits: "Sequence[Logits]" = ()
+) -> Quantisation:
+    """Load the merged model (without a fine-tuning pass, the base model) and the exported one, and ask both."""
     import numpy as np
 
     found = Quantisation(asked=_affordable(examples))
-    merged, onnx = open_backend(job, "merged"), OnnxBackend(model)
+    merged, onnx = open_backend(job, exported_from(job)), OnnxBackend(model)
     for number, example in enumerate(examples):
-        job.progress.advance(number, len(examples), "comparing the exported model with the merged one")
+        job.progress.advance(number, len(examples), f"comparing the exported model with {exported_from(job)}")
         logits = merged.logits(example.ids, example.start)
         if number < len(adapter_logits):
             kept = adapter_logits[number]
@@ -112,7 +115,7 @@ def quantisation(job: Job, model: "Path", examples: list[Example], adapter_logit
         found.add(logits, onnx.logits(example.ids, example.start), example.ids[example.start :])
     found.merged_answers, found.onnx_answers = (
         _answers(job, backend, found.asked, f"asking the {name} model")
-        for backend, name in ((merged, "merged"), (onnx, "exported"))
+        for backend, name in ((merged, exported_from(job)), (onnx, "exported"))
     )
     return found
 

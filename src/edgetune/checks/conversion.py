@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.backends import OnnxBackend, TorchBackend
+from edgetune.backends import OnnxBackend, torch_backend
 from edgetune.checks.merge import Tensors
 from edgetune.export import run_builder
+from edgetune.loading import trusts
 from edgetune.stages import Job, write_json
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -48,7 +49,7 @@ def compare_conversion(job: Job, model: Path, work: Path) -> ConversionFindings:
     layers, of_layers = write_prefix(job, model, prefix)
     exported.mkdir()
     run_builder(job, prefix, exported, "fp32", {})
-    reference, converted = TorchBackend(prefix, dtype="float32", trusted=_trusted(job)), OnnxBackend(exported)
+    reference, converted = torch_backend(job, prefix, "float32"), OnnxBackend(exported)
     config = json.loads((prefix / "config.json").read_text(encoding="utf-8"))
     difference, same, positions, texts = 0.0, 0, 0, _texts(config, job.workflow.builder.search.get("max_length"))
     for ids, start in texts:
@@ -62,10 +63,6 @@ def compare_conversion(job: Job, model: Path, work: Path) -> ConversionFindings:
     return ConversionFindings(
         layers, of_layers, positions, max(len(ids) for ids, _ in texts) - 1, difference, same / positions
     )
-
-
-def _trusted(job: Job) -> bool:
-    return job.workflow.input_model.load_kwargs.trust_remote_code
 
 
 def write_prefix(job: Job, model: Path, target: Path) -> tuple[int, int]:
@@ -82,7 +79,7 @@ def write_prefix(job: Job, model: Path, target: Path) -> tuple[int, int]:
             shutil.copyfile(path, target / path.name)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tensors = Tensors(model)
-    layers = prefix_length(layer_kinds(model, tensors, trusted=_trusted(job)))
+    layers = prefix_length(layer_kinds(model, tensors, trusted=trusts(job)))
     vocabulary = config["vocab_size"]
     kept = {}
     for name in tensors.names:

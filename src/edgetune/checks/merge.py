@@ -1,12 +1,12 @@
-"""Check that the merged weights are W + s·BA, tensor by tensor, holding no more than some rows of each."""
+"""Check that the merged weights are what the adapter makes of the base model's, some rows of a tensor at a time."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.merge import lora_pairs, merged_matrix, wider
+from edgetune.merge import Update, read_updates, wider
+from edgetune.quantised import Quantisation
 
 if TYPE_CHECKING:
     import torch
@@ -32,24 +32,26 @@ class MergeFindings:
 
 def compare_weights(base: Path, adapter: Path, merged: Path) -> MergeFindings:
     """Compare every tensor of ``merged`` with what ``base`` and ``adapter`` make it."""
-    from safetensors.torch import load_file
-
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    pairs = lora_pairs(load_file(adapter / "adapter_model.safetensors"))
-    found = MergeFindings(matrices=len(pairs), wrong=[], zero=sum(not b.any() for _, b in pairs.values()))
+    updates, quantisation = read_updates(adapter), Quantisation.read(adapter)
+    found = MergeFindings(matrices=len(updates), wrong=[], zero=sum(not update.b.any() for update in updates.values()))
     originals, results = Tensors(base), Tensors(merged)
     wrong = found.wrong = [f"{name} is missing" for name in sorted(originals.names - results.names)]
-    wrong += [f"{name} is not in the base model" for name in sorted((results.names | pairs.keys()) - originals.names)]
+    wrong += [f"{name} is not in the base model" for name in sorted((results.names | updates.keys()) - originals.names)]
     for name in sorted(originals.names & results.names):
         original, result = originals[name], results[name]
-        if name not in pairs:
+        if name not in updates:
             found.others += 1
         if (original.get_shape(), original.get_dtype()) != (result.get_shape(), result.get_dtype()):
             wrong.append(f"{name} has another shape or type")
-        elif name not in pairs:
+            continue
+        if name in quantisation.tensors:
+            stored = original[...]
+            original = quantisation.trained_on(name, stored)
+            original = original if name in updates else original.to(stored.dtype)
+        if name not in updates:
             if not all(_same_bits(*both) for _, *both in _slices(original, result)):
                 wrong.append(f"{name} is not the base model's")
-        elif (ulps := _largest_ulps(original, result, *pairs[name], config["lora_alpha"] / config["r"])) > 1:
+        elif (ulps := _largest_ulps(original, result, updates[name])) > 1:
             wrong.append(f"{name} is off by {ulps:.3g} units in the last place")
             found.largest_ulps = max(found.largest_ulps, ulps)
         else:
@@ -73,7 +75,7 @@ class Tensors:
 
 def _slices(original: Any, result: Any) -> Iterator[tuple[slice, "torch.Tensor", "torch.Tensor"]]:
     """Yield some rows of two tensors of the same shape at a time."""
-    shape = original.get_shape()
+    shape = result.get_shape()
     if not shape:
         yield slice(None), original[...], result[...]
         return
@@ -92,8 +94,8 @@ def _same_bits(one: "torch.Tensor", other: "torch.Tensor") -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
-def _largest_ulps(original: Any, result: Any, a: "torch.Tensor", b: "torch.Tensor", scale: float) -> float:
-    """Return the largest difference from W + s·BA, in units in the last place of the stored type.
+def _largest_ulps(original: Any, result: Any, update: Update) -> float:
+    """Return the largest difference from what the update makes of W, in units in the last place of the stored type.
 
     The unit is that of the larger of |W| and the sum: where both nearly cancel, the sum has no more exact bits.
     """
@@ -101,10 +103,10 @@ def _largest_ulps(original: Any, result: Any, a: "torch.Tensor", b: "torch.Tenso
 
     largest = 0.0
     for rows, weight, merged in _slices(original, result):
-        expected = merged_matrix(weight, a, b[rows], scale)
+        expected = update.rows(rows).applied(weight)
         wide = wider(weight.dtype)
         magnitude = torch.maximum(expected.abs(), weight.to(wide).abs())
-        limits = torch.finfo(weight.dtype)
+        limits = torch.finfo(merged.dtype)
         _, exponent = torch.frexp(magnitude.clamp(min=limits.smallest_normal))
         ulp = torch.ldexp(torch.full_like(magnitude, limits.eps), exponent - 1)
         ulps = ((merged.to(wide) - expected).abs() / ulp).max()
