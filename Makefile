@@ -7,7 +7,7 @@ BIN := .venv/bin
 PINS := src/edgetune/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench examples
+.PHONY: help setup demo test test-slow lint bench matrix examples
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ lint: setup ## Check style and types
 
 bench: setup ## Print speed and memory as ratios against a peer
 	$(BIN)/python tests/benchmarks/data.py
+
+matrix: setup ## Run all architectures and write the table in docs/architectures.md
+	$(BIN)/python tests/matrix.py
 
 examples: setup ## Render examples/ anew
 	rm -rf examples/tone-lora

@@ -18,7 +18,7 @@ import pytest
 
 import forked
 from conftest import ENVIRONMENT, Sandbox
-from edgetune.base_model import EXPORTABLE, NEEDS_REMOTE_CODE, UNEXPORTABLE
+from edgetune.architectures import EXPORTABLE, NEEDS_REMOTE_CODE, UNEXPORTABLE
 from edgetune.project import BUILTIN_MODELS
 from hub_server import COMMIT, SIGNATURE, Fault, HubServer
 
@@ -588,8 +588,8 @@ def test_architectures_are_those_of_the_exporter() -> None:
     native = set(re.findall(r'"(\w+)"\)', causal))
 
     text = {name for name in exported if name.endswith("ForCausalLM")}
-    refused = {"Gemma3ForCausalLM", "OlmoForCausalLM", "SmolLM3ForCausalLM"}
-    assert UNEXPORTABLE.keys() >= {"gemma3_text", "olmo", "smollm3"}
+    refused = {"GptOssForCausalLM", "OlmoForCausalLM"}
+    assert UNEXPORTABLE.keys() == {"gpt_oss", "olmo"}
     assert text & native - refused == EXPORTABLE
     assert exported - native > NEEDS_REMOTE_CODE
 
@@ -773,7 +773,8 @@ def test_another_revision_than_the_locked_one_is_refused(hub_project: Sandbox, f
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gemma3_text"}, "cannot be exported"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 4}, "other layers"),
+        ({"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4.0}}, "YaRN"),
         ({"model_type": "olmo"}, "other answers"),
         ({}, "names no"),
     ],

@@ -157,6 +157,10 @@ _PLAIN_SEARCH = {"num_beams": 1, "num_return_sequences": 1, "min_length": 0, "no
 """What the model's own file says about these must not mix with what is asked for here."""
 
 
+_MIND_PADDING = {"lfm2"}
+"""Models whose layers of convolution read the padding of a batch as if it were text."""
+
+
 class OnnxBackend(Backend):
     """An exported model on ONNX Runtime GenAI."""
 
@@ -206,6 +210,8 @@ class OnnxBackend(Backend):
 
     def _rows_at_once(self, length: int, sampling: Sampling) -> int:
         if sampling.repetition_penalty != 1:  # the library would count padding as said before
+            return 1
+        if self._model["type"] in _MIND_PADDING:
             return 1
         return super()._rows_at_once(length, sampling)
 

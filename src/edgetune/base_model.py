@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from edgetune.architectures import EXPORTABLE, NEEDS_REMOTE_CODE, refusal
 from edgetune.errors import EdgetuneError, Problem
 from edgetune.prompt import load_tokenizer
 from edgetune.stages import Job, read_json
@@ -36,40 +37,6 @@ UNUSED_FILES = ("consolidated*", "*[/\\]*", "*.py")
 """A second copy of the weights in another layout (Mistral), what lies in subfolders, and code."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-EXPORTABLE = frozenset({
-    "Ernie4_5ForCausalLM",
-    "Gemma2ForCausalLM",
-    "GemmaForCausalLM",
-    "GptOssForCausalLM",
-    "GraniteForCausalLM",
-    "HunYuanDenseV1ForCausalLM",
-    "Lfm2ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "NemotronForCausalLM",
-    "Phi3ForCausalLM",
-    "PhiForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-})  # fmt: skip
-"""Text-generation architectures that both transformers and onnxruntime-genai's builder know."""
-
-NEEDS_REMOTE_CODE = frozenset({
-    "ChatGLMForConditionalGeneration",
-    "ChatGLMModel",
-    "InternLM2ForCausalLM",
-    "Phi3SmallForCausalLM",
-})  # fmt: skip
-"""Architectures that the builder knows and transformers does not: their repositories bring the code."""
-
-UNEXPORTABLE = {
-    "gemma3": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
-    "gemma3_text": "cannot be exported by onnxruntime-genai 0.14.1 with transformers 5",
-    "olmo": "comes out of onnxruntime-genai 0.14.1 with other answers, without any error",
-    "smollm3": "cannot be exported by onnxruntime-genai 0.14.1: it fails at layers without position encoding",
-}
-"""Model types that the builder knows, but that would fail after hours of training, or worse, not fail."""
 
 
 def trusts_code(job: Job) -> bool:
@@ -150,8 +117,8 @@ def shard_problems(job: Job, folder: Path, names: Collection[str]) -> list[Probl
 def config_problems(job: Job, folder: Path, names: Collection[str]) -> list[Problem]:
     """Return what is wrong with the architecture that config.json names, and with the code it asks for."""
     config, another = read_config(folder), "choose another base model"
-    if (kind := config.get("model_type")) in UNEXPORTABLE:
-        return [_problem(job, f"({kind}) {UNEXPORTABLE[kind]}", another)]
+    if reason := refusal(config):
+        return [_problem(job, reason, another)]
     match config.get("architectures"):
         case [str(architecture), *_]:
             pass

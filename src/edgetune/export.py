@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from edgetune import architectures
 from edgetune.backends import GENAI_CONFIG
 from edgetune.download import digests
 from edgetune.errors import failure, missing_extra
@@ -48,7 +49,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     return {"bytes": size, "max_length": config["search"]["max_length"]}
 
 
-STAGE = Stage("export", 1, inputs, build)
+STAGE = Stage("export", 2, inputs, build)
 
 
 def source_folder(job: Job) -> Path:
@@ -63,10 +64,11 @@ def run_builder(job: Job, source: Path, folder: Path, precision: str, options: d
     except ImportError as error:
         raise missing_extra("export", error) from None
     work = folder / "work"
+    given = str(architectures.builder_input(source, work / "source", precision))
     try:
         create_model(
-            str(source),
-            str(source),
+            given,
+            given,
             str(folder),
             precision,
             _DEVICE,
@@ -86,6 +88,7 @@ def run_builder(job: Job, source: Path, folder: Path, precision: str, options: d
     if not (folder / "model.onnx").is_file():
         where = job.project.name(job.project.log(job.progress.stage))
         raise failure("the builder ended without an ONNX model", where=where)
+    architectures.repair(job, source, folder)
 
 
 def _search_options(job: Job, context_length: int) -> dict[str, Any]:
