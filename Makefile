@@ -53,5 +53,5 @@ examples: setup ## Render examples/ anew
 	torch="$$(grep '^torch==' $(PINS))" && \
 	{ $(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 5 --index-url "$(TORCH_INDEX)" "$$torch" || \
 	  $(BIN)/python -m pip install --quiet "$$torch"; }
-	$(BIN)/python -m pip install --quiet --constraint $(PINS) --group dev --editable '.[train,export,olive]'
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --group dev --editable '.[qlora,export,olive]'
 	@touch .venv/.ready

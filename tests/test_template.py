@@ -20,7 +20,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 
+from edgetune import config
 from edgetune.contract import Template
+from edgetune.project import Project
 from edgetune.prompt import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -55,6 +57,8 @@ CHOICES: dict[str, dict[str, str]] = {
     "qlora": {"method": "qlora", "base_model": "Qwen/Qwen2.5-0.5B-Instruct"},
     "dora": {"method": "dora"},
     "none": {"method": "none", "dataset": "qa"},
+    "cuda": {"device": "cuda"},
+    "directml": {"device": "directml"},
 }
 PASSES = {"qlora": ["qlora"], "dora": ["dora"], "none": []}
 FORMATS = {
@@ -584,7 +588,7 @@ def test_after_copying_it_says_where_the_rows_go(
     ("answers", "message"),
     [
         ({"method": "full"}, "method.*'full' is not in"),
-        ({"device": "cuda"}, "device.*'cuda' is not in"),
+        ({"device": "tpu"}, "device.*'tpu' is not in"),
         ({"dataset": "mine"}, "dataset.*'mine' is not in"),
         ({"compute": "azureml"}, "compute.*'azureml' is not in"),
         ({"columns": "question,answer"}, 'The dataset "tone" has the columns phrase,tone'),
@@ -735,7 +739,62 @@ def test_pins_are_those_of_the_constraints_file(project: Path) -> None:
 
     pins = dict(line.split("==") for line in lines if "==" in line)
     assert pins == {name: version for name, version in tested.items() if name in pins}
-    assert set(tested) - set(pins) == {"bitsandbytes", "copier"}
+    others = {
+        name for name in tested if name.startswith("onnxruntime") and name.endswith(("-gpu", "-cuda", "-directml"))
+    }
+    assert set(tested) - set(pins) == {"bitsandbytes", "copier"} | others
+
+
+DEVICES = {
+    "cpu": ("CPUExecutionProvider", "export", {"onnxruntime", "onnxruntime-genai"}),
+    "cuda": ("CUDAExecutionProvider", "export-cuda", {"onnxruntime-gpu", "onnxruntime-genai-cuda"}),
+    "directml": ("DmlExecutionProvider", "export-directml", {"onnxruntime-directml", "onnxruntime-genai-directml"}),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_device_has_one_flavour_of_onnxruntime(chosen: Callable[[str], Path], device: str) -> None:
+    """The pins and the extra name one onnxruntime and the onnxruntime-genai that fits; the workflow its provider."""
+    provider, extra, flavour = DEVICES[device]
+    project = chosen("tone" if device == "cpu" else device)
+
+    lines = (project / "setup/requirements.txt").read_text(encoding="utf-8").splitlines()
+    workflow = config.load(Project(project))
+
+    assert {line.split("==")[0] for line in lines if line.startswith("onnxruntime")} == flavour
+    assert Requirement(requirement_of(project)).extras == {"train", extra, "olive"}
+    assert workflow.provider == provider
+    assert workflow.builder.precision == "int4"
+
+
+def extras() -> dict[str, list[Requirement]]:
+    """Return what each extra of edgetune asks for, with the extras it refers to written out."""
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = {name: [*map(Requirement, lines)] for name, lines in declared["optional-dependencies"].items()}
+
+    def whole(name: str) -> list[Requirement]:
+        own = [requirement for requirement in listed[name] if requirement.name != "edgetune"]
+        inner = {
+            extra for requirement in listed[name] if requirement.name == "edgetune" for extra in requirement.extras
+        }
+        return own + [requirement for extra in sorted(inner) for requirement in whole(extra)]
+
+    return {name: whole(name) for name in listed}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_extras_of_a_project_bring_no_second_flavour(device: str) -> None:
+    """Neither directly nor through another extra; and the tested versions are within their ranges."""
+    constraints = (REPOSITORY / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in constraints if "==" in line and not line.startswith("#"))
+    _, extra, flavour = DEVICES[device]
+
+    asked = [requirement for name in ("train", extra, "olive") for requirement in extras()[name]]
+
+    assert {requirement.name for requirement in asked if requirement.name.startswith("onnxruntime")} == flavour
+    assert all(
+        tested[requirement.name] in requirement.specifier for requirement in asked if requirement.name in flavour
+    )
 
 
 def test_a_folder_is_installed_from_its_file_url(template: Path, project: Path) -> None:
@@ -909,6 +968,18 @@ def test_setup_takes_torch_from_its_own_index(own_project: Path, fake_python: Pa
         f"-m pip install --no-deps --retries 0 --timeout 5 {index} {torch}",
         "-m pip install -r setup/requirements.txt",
     ]
+
+
+def test_a_cuda_project_gets_the_torch_that_fits_its_onnxruntime(
+    chosen: Callable[[str], Path], tmp_path: Path, fake_python: Path
+) -> None:
+    """onnxruntime-gpu 1.26 and torch share the CUDA 12 libraries."""
+    project = shutil.copytree(chosen("cuda"), tmp_path / "my slm")
+
+    done = make(project, "setup", f"PYTHON={fake_python}")
+
+    assert done.returncode == 0, done.stderr
+    assert "--index-url https://download.pytorch.org/whl/cu126 torch==" in pip_calls(fake_python)[0]
 
 
 def test_setup_falls_back_when_the_torch_index_is_out_of_reach(own_project: Path, fake_python: Path) -> None:

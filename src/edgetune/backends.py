@@ -13,7 +13,7 @@ from edgetune.errors import EdgetuneError, failure, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
 from edgetune.loading import load_base, load_weights, trusts
 from edgetune.prompt import context_length, end_token_ids, load_tokenizer
-from edgetune.stages import Job, read_manifest, recover
+from edgetune.stages import Job, read_json, read_manifest, recover
 from edgetune.stream import Stream, TransformersStreamer
 
 if TYPE_CHECKING:
@@ -165,16 +165,10 @@ class OnnxBackend(Backend):
     """An exported model on ONNX Runtime GenAI."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import onnxruntime_genai as og
-        except ImportError as error:
-            raise missing_extra("export", error) from None
+        self.model = load_exported(folder)
+        import onnxruntime_genai as og
+
         self._og = og
-        try:
-            self.model = og.Model(str(folder))
-        except RuntimeError as error:  # the only type the library has
-            hint = "run `edgetune export` again"
-            raise failure(f"{folder} cannot be loaded: {str(error).splitlines()[0]}", hint=hint) from error
         self.folder = folder
         self.tokenizer = load_tokenizer(folder)
         config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
@@ -235,6 +229,46 @@ class OnnxBackend(Backend):
             if stream is not None:
                 stream.put(answers[0][-1])
         return answers
+
+
+DEVICES = {"cpu": "a CPU", "cuda": "an NVIDIA GPU (CUDA)", "dml": "a GPU on Windows (DirectML)"}
+"""What an exported model runs on, by the builder's name of the execution provider."""
+
+
+def load_exported(folder: Path, *, where: str = "", hint: str = "run `edgetune export` again") -> Any:
+    """Load an exported model. Raises EdgetuneError with the hint, or what its device asks for if that is why."""
+    try:
+        import onnxruntime_genai as og
+    except ImportError as error:
+        raise missing_extra("export", error) from None
+    device = _device(folder)
+    if device == "cuda":
+        _load_cuda_libraries()
+    try:
+        return og.Model(str(folder))
+    except RuntimeError as error:  # the only type the library has
+        said = (str(error).splitlines() or [""])[0]
+        if device == "cpu":
+            raise failure(f"{folder} cannot be loaded: {said}", where=where, hint=hint) from error
+        hint = "run this on a machine that has one, with what setup/requirements.txt of a project for it installs"
+        message = f"{folder} is made for {DEVICES[device]}, which cannot be used here: {said}"
+        raise failure(message, where=where, hint=hint) from error
+
+
+def _device(folder: Path) -> str:
+    config = read_json(folder / GENAI_CONFIG) or {}
+    try:
+        providers = config["model"]["decoder"]["session_options"]["provider_options"]
+    except (KeyError, TypeError):
+        return "cpu"
+    return next((name for entry in providers for name in entry if name in DEVICES), "cpu")
+
+
+def _load_cuda_libraries() -> None:
+    """Load CUDA's libraries from the packages that torch brings, where the system's loader does not look."""
+    import onnxruntime
+
+    onnxruntime.preload_dlls()
 
 
 def exported_end_ids(genai_config: dict[str, Any]) -> frozenset[int]:

@@ -121,9 +121,41 @@ def export(arguments: argparse.Namespace) -> None:
     """Export the merged model to ONNX (after whatever is missing before it)."""
     from edgetune.verify import exported
 
+    _check_ladder_options(arguments)
+    found = _climb(arguments) if arguments.auto else None
     job = _run_steps(arguments, "export")
     model = exported(job, job.keys["export"]) or job.project.stage_folder("export")  # verify may have moved it on
-    print(job.project.name(model))
+    if arguments.json:
+        print(_json({"rungs": found, "model": job.project.name(model)}))
+    else:
+        print(job.project.name(model))
+
+
+def _check_ladder_options(arguments: argparse.Namespace) -> None:
+    given = {
+        "--max-drop": arguments.max_drop is not None,
+        "--max-ms-per-token": arguments.max_ms_per_token is not None,
+        "--json": arguments.json,
+    }
+    if not arguments.auto and (alone := [name for name in given if given[name]]):
+        arguments.refuse(f"{', '.join(alone)} can only be given with --auto")
+
+
+def _climb(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Find the settings of the export, print what was tried; raises GateError when nothing is good enough."""
+    from edgetune import ladder
+
+    job = _run_steps(arguments, "merge")
+    found = ladder.climb(job, ladder.Wanted(arguments.max_drop, arguments.max_ms_per_token))
+    rungs = [vars(one) for one in found]
+    refusal = ladder.refusal(job, found)
+    if not arguments.json:
+        print("\n".join(ladder.table(found)), flush=True)
+    elif refusal:
+        print(_json({"rungs": rungs, "model": None}))
+    if refusal:
+        raise refusal
+    return rungs
 
 
 def verify(arguments: argparse.Namespace) -> None:

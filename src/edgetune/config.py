@@ -12,6 +12,7 @@ from edgetune.data_schema import FILE_FORMATS, DataConfig, LoadDataset, PreProce
 from edgetune.errors import EdgetuneError, Problem
 from edgetune.project import Project
 from edgetune.schema import (
+    PRECISIONS,
     Accelerator,
     DoRA,
     InputModel,
@@ -200,7 +201,7 @@ def _check_references(workflow: Workflow) -> list[Problem]:
 
 def _check_meaning(workflow: Workflow, project: Project) -> list[Problem]:
     """Check what only the values together can tell."""
-    problems = []
+    problems = _check_export(workflow)
     if not base_model_id(workflow, project):
         message = f"model_path must be ../model-cache/<org>/<name>, not {workflow.input_model.model_path!r}"
         hint = "use the id of a model on the Hub below ../model-cache/"
@@ -209,6 +210,19 @@ def _check_meaning(workflow: Workflow, project: Project) -> list[Problem]:
     if evaluation and evaluation.contract != workflow.contract:
         where = workflow.where_contract(evaluation)
         problems.append(Problem("training and evaluation data have different templates", where, "make them equal"))
+    return problems
+
+
+def _check_export(workflow: Workflow) -> list[Problem]:
+    """Check that the builder can make what is asked for on the device that is asked for."""
+    builder, provider, problems = workflow.builder, workflow.provider, list[Problem]()
+    if builder.precision not in PRECISIONS[provider]:
+        message = f"the builder makes no {builder.precision} for {provider}"
+        hint = f"for {provider} there is {', '.join(PRECISIONS[provider])}"
+        problems.append(Problem(message, workflow.where_in_pass("ModelBuilder", "precision"), hint))
+    if builder.use_cuda_bf16 and provider != "CUDAExecutionProvider":
+        where = workflow.where_in_pass("ModelBuilder", "use_cuda_bf16")
+        problems.append(Problem(f"use_cuda_bf16 has no meaning for {provider}", where, "remove it"))
     return problems
 
 

@@ -187,7 +187,7 @@ def _examine(root: Path, name: str, model: Path, key: str, limit: int | None) ->
                 file.flush()
                 job.progress.advance(count, len(asked), f"asking {name}")
             last = {
-                "speed": _speed(backend, asked) | {"load_seconds": round(loaded - started, 2)},
+                "speed": speed(backend, asked) | {"load_seconds": round(loaded - started, 2)},
                 "peak_rss_mb": peak_memory_mb(),
                 "seconds": round(time.monotonic() - started, 2),
             }
@@ -207,7 +207,7 @@ def _answered(backend: Backend, asked: list[Example], done: set[int]) -> Iterato
             yield {"number": batch[at], "loss": loss, "learned": example.learned, **asdict(answer)}
 
 
-def _speed(backend: Backend, asked: list[Example]) -> Record:
+def speed(backend: Backend, asked: list[Example]) -> Record:
     """Measure the fastest of three runs: what else the machine does is not the model's."""
     text = [token for example in asked for token in example.prompt_ids]
     ids = (text * (_SPEED_PROMPT // len(text) + 1))[: min(_SPEED_PROMPT, backend.max_length - _SPEED_ANSWER - 1)]

@@ -59,6 +59,24 @@ def _of_finetune(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _of_export(command: argparse.ArgumentParser) -> None:
+    _of_steps(command)
+    ladder = command.add_argument_group(
+        "the smallest int4 model that holds", "Its settings are written into the workflow file."
+    )
+    ladder.add_argument("--auto", action="store_true", help="try more and more careful ways until one holds")
+    ladder.add_argument(
+        "--max-drop",
+        type=_drop,
+        metavar="P",
+        help="it may cost P points of accuracy (default: 2), or P per cent of perplexity (default: 5)",
+    )
+    ladder.add_argument(
+        "--max-ms-per-token", type=_milliseconds, metavar="T", help="a token of an answer may take T ms here"
+    )
+    ladder.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
 def _of_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rows", type=_positive, metavar="N", help="examine up to N rows (default: 256)")
     command.add_argument(
@@ -114,7 +132,7 @@ _OPTIONS = {
     "finetune": _of_finetune,
     "train": _of_steps,
     "merge": _of_steps,
-    "export": _of_steps,
+    "export": _of_export,
     "verify": _of_verify,
     "infer": _of_infer,
     "evaluate": _of_evaluate,
@@ -137,6 +155,10 @@ def _positive(text: str) -> int:
 
 def _drop(text: str) -> float:
     return _number(text, lambda value: 0 <= value < float("inf"), "a number of 0 or more")
+
+
+def _milliseconds(text: str) -> float:
+    return _number(text, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
 def _share(text: str) -> float:

@@ -36,11 +36,29 @@ class InputModel(Strict):
     load_kwargs: LoadKwargs = LoadKwargs()
 
 
+Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionProvider"]
+
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "CPUExecutionProvider": ("int4", "fp32"),
+    "CUDAExecutionProvider": ("int4", "fp16", "bf16", "fp32"),
+    "DmlExecutionProvider": ("int4", "fp16"),
+}
+"""What the builder of onnxruntime-genai 0.14.1 makes for each execution provider."""
+
+
 class Accelerator(Strict):
     """What the exported model runs on."""
 
-    device: Literal["cpu"]
-    execution_providers: Annotated[list[Literal["CPUExecutionProvider"]], Field(min_length=1, max_length=1)]
+    device: Literal["cpu", "gpu"]
+    execution_providers: Annotated[list[Provider], Field(min_length=1, max_length=1)]
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        provider = self.execution_providers[0]
+        device = "cpu" if provider == "CPUExecutionProvider" else "gpu"
+        if self.device != device:
+            raise WrongKeyError("device", f"{provider} belongs to the device {device!r}")
+        return self
 
 
 class System(Strict):
@@ -196,15 +214,17 @@ class ModelBuilder(Strict):
     """Olive's pass around onnxruntime-genai's model builder."""
 
     type: Literal["ModelBuilder"]
-    precision: Literal["int4", "fp32"]
+    precision: Literal["int4", "fp16", "bf16", "fp32"]
     search: dict[str, Any] = Field(default_factory=dict)
     int4_block_size: Literal[16, 32, 64, 128, 256] | None = None
     int4_accuracy_level: Literal[1, 2, 3, 4] | None = None
     int4_is_symmetric: bool | None = None
     int4_op_types_to_quantize: list[str] | None = None
     int4_nodes_to_exclude: list[str] | None = None
-    int4_algo_config: Literal["default", "rtn", "k_quant_mixed", "k_quant_last", "rtn_last"] | None = None
+    int4_algo_config: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed"] | None = None
     use_qdq: bool | None = None
+    use_cuda_bf16: bool | None = None
+    include_hidden_states: bool | None = None
 
     @field_validator("search")
     @classmethod
@@ -213,6 +233,20 @@ class ModelBuilder(Strict):
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError("max_length must be a whole number of tokens, at least 1")
         return value
+
+    @model_validator(mode="after")
+    def _has_no_key_that_the_builder_ignores(self) -> Self:
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        of_int4 = {"use_qdq", "use_cuda_bf16", *(name for name in given if name.startswith("int4_"))}
+        if self.precision != "int4" and (ignored := sorted(given & of_int4)):
+            raise WrongKeyError(ignored[0], f"has a meaning with precision int4 only, and this is {self.precision}")
+        algorithm = self.int4_algo_config or "default"
+        if algorithm != "default" and (ignored := sorted(given & {"int4_op_types_to_quantize", "use_qdq"})):
+            raise WrongKeyError(ignored[0], f"is read with int4_algo_config default only, and this is {algorithm}")
+        # The builder reads embeddings that share the head's weights as if they were symmetric, unless told otherwise.
+        if algorithm.startswith("k_quant") and self.int4_is_symmetric is not False:
+            raise WrongKeyError("int4_is_symmetric", f"must be false beside {algorithm}, which is not symmetric")
+        return self
 
     def builder_options(self) -> dict[str, Any]:
         """Return the options as ``create_model`` of the builder names them."""
@@ -273,6 +307,11 @@ class Workflow(Strict):
     def builder(self) -> ModelBuilder:
         """The export pass."""
         return next(p for p in self.passes.values() if isinstance(p, ModelBuilder))
+
+    @property
+    def provider(self) -> Provider:
+        """The execution provider the exported model is made for."""
+        return self.systems[self.target].accelerators[0].execution_providers[0]
 
     @property
     def train_data(self) -> DataConfig:

@@ -1,6 +1,7 @@
 """JSON with line numbers: reads a file and remembers on which line every key and item stands."""
 
 import json
+import shutil
 from bisect import bisect_left
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +143,14 @@ class JsonSource:
 
     def _written(self, value: Any, at: int) -> str:
         return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + self._indent(at))
+
+
+def write_edits(source: JsonSource, edits: "list[Edit]", original: Path, new: Path) -> None:
+    """Write the edited document as ``new``, with the byte order mark, line ends and mode of ``original``."""
+    raw = original.read_bytes()
+    encoding = "utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"
+    new.write_text(source.edited(edits), encoding=encoding, newline="\r\n" if b"\r\n" in raw else "\n")
+    shutil.copymode(original, new)
 
 
 class Edit(NamedTuple):

@@ -14,7 +14,7 @@ from edgetune import config
 from edgetune.dataset import EVAL, TRAIN, all_rows, inputs
 from edgetune.errors import EdgetuneError, Problem, failure
 from edgetune.row import Row, as_json
-from edgetune.source import Edit, JsonSource, Location
+from edgetune.source import Edit, JsonSource, Location, write_edits
 from edgetune.stages import Job, run_lock, text_digest
 
 
@@ -132,10 +132,7 @@ def _write_config(job: Job, targets: dict[str, Path], original: Path, new: Path)
         edits.append(source.replacing(other, load[EVAL]))
     else:
         edits += _new_data_set(job, source, place, load[EVAL])
-    raw = original.read_bytes()
-    encoding = "utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8"
-    new.write_text(source.edited(edits), encoding=encoding, newline="\r\n" if b"\r\n" in raw else "\n")
-    shutil.copymode(original, new)
+    write_edits(source, edits, original, new)
 
 
 def _new_data_set(job: Job, source: JsonSource, place: Location, load: dict[str, Any]) -> list[Edit]:

@@ -231,8 +231,8 @@ def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
         yield _merged(merge, losses, found)
     work = partial_folder(job.project.results / "verify")
     yield _converted(compare_conversion(job, source_folder(job), work))
-    yield _quantised(job, found, limits)
-    yield _stopping(job, model, found, rows)
+    yield quantised(job, found, limits)
+    yield stopping(job, model, found, rows)
 
 
 def _learned(merge: MergeFindings, losses: Losses, role: str) -> Check:
@@ -289,7 +289,8 @@ def _converted(found: ConversionFindings) -> Check:
     return Check("conversion", "the conversion is exact", passed, summary, "" if passed else cause, asdict(found))
 
 
-def _quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
+def quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
+    """Judge what the export costs."""
     before = exported_from(job)
     drop, sentence, p, numbers = _cost(found, labels=has_labels(job))
     agreement, divergence = found.same_top / found.tokens, found.divergence / found.tokens
@@ -302,8 +303,8 @@ def _quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
         f"{sentence} (p = {p:.2g}: {verdict}; a loss of {allowed:g} is let through)"
     )
     cause = (
-        "int4 costs too much: try int4_block_size 32, int4_algo_config k_quant_mixed or precision fp32 "
-        "in the ModelBuilder pass, or let it pass with `edgetune verify --max-drop`"
+        "the export costs too much: `edgetune export --auto` looks for settings that do not; or let it pass with "
+        "`edgetune verify --max-drop`"
     )
     if not found.is_finite:
         summary, cause = "the logits are not all numbers", "the exported model is damaged: run `edgetune export` again"
@@ -327,7 +328,8 @@ def _cost(found: Quantisation, *, labels: bool) -> tuple[float, str, float, dict
     return 100 * (other / one - 1), sentence, compare_losses(*losses).p, numbers
 
 
-def _stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) -> Check:
+def stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) -> Check:
+    """Judge token ids, and how answers end."""
     faults = token_faults(job, source_folder(job), model, rows)
     total = len(found.asked)
     before, after = (
@@ -339,7 +341,7 @@ def _stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) -
     else:
         run_on = onnx < max(merged, _ENDED * total)
     if run_on:
-        cause = "answers run on: train for longer, or export with less loss (int4_algo_config k_quant_mixed)"
+        cause = "answers run on: train for longer, or export with less loss (`edgetune export --auto`)"
     if faults:
         cause = (
             "applications would give the model other ids than it was trained with, or run past its answers: "

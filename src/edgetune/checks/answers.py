@@ -98,9 +98,16 @@ class Quantisation:
 
 
 def quantisation(
-    job: Job, model: "Path", examples: list[Example], adapter_logits: "Sequence[Logits]" = ()
+    job: Job,
+    model: "Path",
+    examples: list[Example],
+    adapter_logits: "Sequence[Logits]" = (),
+    merged_answers: list[Answer] | None = None,
 ) -> Quantisation:
-    """Load the merged model (without a fine-tuning pass, the base model) and the exported one, and ask both."""
+    """Load the merged model (without a fine-tuning pass, the base model) and the exported one, and ask both.
+
+    ``merged_answers``: those to the same examples, where they are known.
+    """
     import numpy as np
 
     found = Quantisation(asked=_affordable(examples))
@@ -113,10 +120,9 @@ def quantisation(
             distance = np.abs(logits[: len(kept)] - kept).max() / np.abs(kept).max()
             found.adapter_distance = max(found.adapter_distance, float(distance))
         found.add(logits, onnx.logits(example.ids, example.start), example.ids[example.start :])
-    found.merged_answers, found.onnx_answers = (
-        _answers(job, backend, found.asked, f"asking the {name} model")
-        for backend, name in ((merged, exported_from(job)), (onnx, "exported"))
-    )
+    before = exported_from(job)
+    found.merged_answers = merged_answers or _answers(job, merged, found.asked, f"asking the {before} model")
+    found.onnx_answers = _answers(job, onnx, found.asked, "asking the exported model")
     return found
 
 

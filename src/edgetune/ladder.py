@@ -1,0 +1,173 @@
+"""Find the smallest int4 model that is good and fast enough: ``edgetune export --auto``.
+
+Reads the data and ``gen-model/merged/``; writes the settings of the first rung that holds into the workflow file.
+"""
+
+import gc
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune import config, export, verify
+from edgetune.backends import OnnxBackend
+from edgetune.checks.answers import quantisation
+from edgetune.errors import GateError, Problem
+from edgetune.evaluate import speed
+from edgetune.examples import Example, examined_set, examples, has_labels
+from edgetune.generation import Answer
+from edgetune.project import Project
+from edgetune.schema import Workflow
+from edgetune.source import JsonSource, write_edits
+from edgetune.stages import Job, partial_folder, read_json, run_lock
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to export, and the keys of the ModelBuilder pass that ask for it."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a rung must hold."""
+
+    max_drop: float | None = None
+    """Points of accuracy for labels, per cent of perplexity otherwise; None: what ``edgetune verify`` lets through."""
+    max_ms_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a rung turned out to be."""
+
+    rung: str
+    settings: dict[str, Any]
+    bytes: int
+    ms_per_token: float
+    numbers: dict[str, Any]
+    """Of verification's quantisation check: accuracy or perplexity, agreement, divergence."""
+    faults: list[str]
+    """Why it does not hold."""
+
+
+def rungs(job: Job) -> Iterator[Rung]:
+    """Yield what is tried, smallest first."""
+    given = job.workflow.builder.int4_algo_config
+    plain = "default" if given else None
+    if (read_json(export.source_folder(job) / "config.json") or {}).get("tie_word_embeddings"):
+        plain = "rtn"  # the one of the two that keeps embeddings which are the head's weights in 4 bits as well
+    int4 = {"precision": "int4"}
+    yield Rung("int4", int4 | ({"int4_algo_config": plain} if plain else {}))
+    yield Rung("int4, last layer int8", int4 | {"int4_algo_config": "rtn_last"})
+    yield Rung("k_quant_mixed", int4 | {"int4_algo_config": "k_quant_mixed", "int4_is_symmetric": False})
+
+
+def climb(job: Job, wanted: Wanted) -> list[Measured]:
+    """Build and measure rungs until one holds; then the workflow file has its settings.
+
+    The merged model must be up to date. Without a rung that holds, the last one measured has faults and nothing has
+    changed. Raises EdgetuneError when a rung cannot be built, or the file has settings that no rung goes with.
+    """
+    work, found = partial_folder(job.project.results / "ladder"), list[Measured]()
+    file = job.project.config.resolve()  # a link stays one
+    candidate = file.with_name(file.name + ".tmp")
+    with run_lock(job.project), job.progress.running("ladder", job.project.log("ladder")):
+        try:
+            rows = examples(job, examined_set(job), verify.settled(job, work, verify.Limits()).rows)
+            trials = _Trials(rows, work, wanted)
+            for rung in rungs(job):
+                with_settings(job.project, rung, file, candidate)  # before any of them takes its time
+            for rung in rungs(job):
+                trial = replace(job, workflow=with_settings(job.project, rung, file, candidate))
+                found.append(one := trials.measure(trial, rung))
+                job.progress.say(f"{rung.name}: {'; '.join(one.faults) or 'holds'}")
+                if not one.faults:
+                    if candidate.read_bytes() != file.read_bytes():
+                        candidate.replace(file)
+                    break
+        finally:
+            candidate.unlink(missing_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def with_settings(project: Project, rung: Rung, file: Path, candidate: Path) -> Workflow:
+    """Write the workflow file with the rung's settings, and read it; all else in it stays as it is."""
+    source = JsonSource(file, project.name(project.config))
+    name, step = next((name, step) for name, step in source.data["passes"].items() if step["type"] == "ModelBuilder")
+    edits = []
+    for key, value in rung.settings.items():
+        if key not in step:
+            edits.append(source.adding_after(("passes", name, "precision"), (key, value)))
+        elif step[key] != value:
+            edits.append(source.replacing(("passes", name, key), value))
+    write_edits(source, edits, file, candidate)
+    return config.load(project, candidate)
+
+
+@dataclass
+class _Trials:
+    """What every rung is examined with."""
+
+    rows: list[Example]
+    work: Path
+    wanted: Wanted
+    merged_answers: list[Answer] | None = None
+    """The same for every rung."""
+
+    def measure(self, job: Job, rung: Rung) -> Measured:
+        """Export as the job's workflow says, and examine the model."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        made = export.build(job, self.work)
+        ms = self._ms_per_token()
+        found = quantisation(job, self.work, self.rows, [], self.merged_answers)
+        self.merged_answers = found.merged_answers
+        limits = verify.settled(job, self.work, verify.Limits(max_drop=self.wanted.max_drop))
+        quality, stopping = verify.quantised(job, found, limits), verify.stopping(job, self.work, found, self.rows)
+        faults = [] if quality.passed else [_cost(job, quality.numbers["drop"], limits)]
+        faults += [] if stopping.passed else [stopping.summary]
+        if self.wanted.max_ms_per_token is not None and ms > self.wanted.max_ms_per_token:
+            faults.append(f"{ms:.3g} ms a token, {self.wanted.max_ms_per_token:g} are let through")
+        return Measured(rung.name, rung.settings, made["bytes"], round(ms, 3), quality.numbers, faults)
+
+    def _ms_per_token(self) -> float:
+        backend = OnnxBackend(self.work)
+        rate = speed(backend, self.rows).get("decode_tokens_per_second")
+        del backend
+        gc.collect()  # its memory is wanted for the next model
+        return 1000 / rate if rate else 0.0
+
+
+def _cost(job: Job, drop: float, limits: verify.Limits) -> str:
+    what = "points of accuracy" if has_labels(job) else "% of perplexity"
+    return f"costs {drop:.2f} {what}, {limits.max_drop:g} are let through"
+
+
+def table(found: Sequence[Measured]) -> Iterator[str]:
+    """Yield lines for a person."""
+    metric = "accuracy" if "onnx_accuracy" in found[0].numbers else "perplexity"
+    form = "{:.1%}" if metric == "accuracy" else "{:.3f}"
+    yield f"{'rung':<22}{'MB':>10}{'ms/token':>10}{metric:>12}{'agreement':>11}{'mean KL':>9}  holds"
+    for one in found:
+        numbers = one.numbers
+        yield (
+            f"{one.rung:<22}{one.bytes / 1e6:>10,.2f}{one.ms_per_token:>10.2f}"
+            f"{form.format(numbers[f'onnx_{metric}']):>12}{numbers['top1_agreement']:>11.1%}{numbers['mean_kl']:>9.4f}"
+            f"  {'no: ' + '; '.join(one.faults) if one.faults else 'yes'}"
+        )
+    yield f"{'(merged)':<22}{'':>20}{form.format(found[0].numbers[f'merged_{metric}']):>12}"
+
+
+def refusal(job: Job, found: Sequence[Measured]) -> GateError | None:
+    """Return the error that no rung holds; None when one does."""
+    if not found[-1].faults:
+        return None
+    where = job.workflow.where_in_pass("ModelBuilder")
+    problems = [Problem(f"{one.rung}: {'; '.join(one.faults)}", where) for one in found]
+    hint = "allow more with --max-drop or --max-ms-per-token, or choose another precision in the ModelBuilder pass"
+    return GateError([*problems, Problem("no rung holds; nothing was changed", where, hint)])
