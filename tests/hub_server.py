@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(self.path.partition("?")[0])
-        if look_up := re.fullmatch(r"/api/models/(\w+/[\w.]+)(?:/revision/(.+))?", path):
+        if look_up := re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)(?:/revision/(.+))?", path):
             self._note("api")
             self._look_up(look_up[1], look_up[2] or "main")
         elif resolve := re.fullmatch(r"(?:/api/resolve-cache/models)?/acme/phi(?:/resolve)?/(\w+)/(.+)", path):

@@ -107,7 +107,7 @@ def test_second_run_imports_nothing_heavy(tuned: Sandbox) -> None:
     heavy = ("torch", "transformers", "olive", "peft", "datasets", "onnxruntime", "onnxruntime_genai", "numpy")
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from edgetune.cli import main; sys.exit(main())"
 
-    for arguments in (["--help"], ["status"], ["data"], ["finetune"]):
+    for arguments in (["--help"], ["status"], ["doctor"], ["data"], ["finetune"]):
         result = tuned.command(sys.executable, "-c", code, *arguments)
         assert result.returncode == 0, result.stderr
 

@@ -76,6 +76,7 @@ LITTLE_WORDS = frozenset(
 COMMANDS = {
     "download": "download",
     "data": "data",
+    "smoke": "finetune --smoke",
     "finetune": "finetune",
     "verify": "verify",
     "infer": "infer --prompts inferences/prompts.jsonl",
@@ -85,6 +86,7 @@ COMMANDS = {
     "package": "package",
     "olive": "finetune --engine olive",
     "status": "status",
+    "doctor": "doctor",
 }
 
 
@@ -538,8 +540,20 @@ def test_the_workflow_on_github_checks_rows_that_are_there(
     chosen: Callable[[str], Path], choice: str, *, checked: bool
 ) -> None:
     """A repository has neither files of another folder nor those of a datastore."""
-    steps = yaml.safe_load((chosen(choice) / ".github/workflows/ci.yml").read_text())["jobs"]["data"]["steps"]
-    assert [step["run"] for step in steps if "run" in step] == ["make setup", *["make data"] * checked, "make status"]
+    assert ci_commands(chosen(choice)) == ["make setup", *["make data", "make smoke"] * checked, "make status"]
+
+
+def test_the_workflow_on_github_downloads_no_weights(template: Path, tmp_path: Path) -> None:
+    """The smoke run is for the built-in model: others would be fetched for each push."""
+    project = render(template, tmp_path / "out", base_model="Qwen/Qwen3-0.6B")
+
+    assert ci_commands(project) == ["make setup", "make data", "make status"]
+
+
+def ci_commands(project: Path) -> list[str]:
+    """Return what the project's workflow on GitHub runs."""
+    steps = yaml.safe_load((project / ".github/workflows/ci.yml").read_text())["jobs"]["data"]["steps"]
+    return [step["run"] for step in steps if "run" in step]
 
 
 def test_a_datastores_folder_has_both_files(chosen: Callable[[str], Path]) -> None:

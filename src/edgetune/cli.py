@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgetune.row import Row
     from edgetune.schema import Workflow
     from edgetune.stages import Job
+    from edgetune.surroundings import Finding
 
 EXIT_INTERRUPTED = 130
 _MOST_PROBLEMS = 50
@@ -80,7 +81,7 @@ def data(arguments: argparse.Namespace) -> None:
 def _show(samples: list[Any]) -> None:
     from edgetune import preview
 
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colour = _is_coloured()
     write: Callable[[Any], None] = print
     if colour:
         from rich.console import Console
@@ -93,6 +94,10 @@ def _show(samples: list[Any]) -> None:
     for number, tokens in enumerate(samples, start=1):
         print(f"\n{number}. {len(tokens)} tokens, {sum(token['learned'] for token in tokens)} of them learned")
         write(show(tokens))
+
+
+def _is_coloured() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _write_split(arguments: argparse.Namespace) -> None:
@@ -178,6 +183,9 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def finetune(arguments: argparse.Namespace) -> None:
     """Download, check, train, merge, export and verify; each step only if its inputs changed."""
+    if arguments.smoke:
+        _smoke(arguments)
+        return
     if arguments.engine == "native":
         _print_result(_run_steps(arguments, "verify"), "verify")
         return
@@ -185,6 +193,16 @@ def finetune(arguments: argparse.Namespace) -> None:
 
     job = _start(arguments, config.load_for_olive)
     print(job.project.name(olive.run(job)))
+
+
+def _smoke(arguments: argparse.Namespace) -> None:
+    from edgetune import smoke
+
+    if arguments.engine != "native":
+        arguments.refuse("--smoke tries the native engine: leave out --engine")
+    job = _start(arguments)
+    job.max_bad = arguments.max_bad
+    print("\n".join(smoke.summary(smoke.run(job))))
 
 
 def infer(arguments: argparse.Namespace) -> None:
@@ -373,6 +391,39 @@ def package(arguments: argparse.Namespace) -> None:
         _tell(f"the same in one file: {job.project.name(job.project.archive)}")
 
 
+def doctor(arguments: argparse.Namespace) -> None:
+    """Examine machine, packages, Hub and project: what would keep a run from working, and what to do about it."""
+    from edgetune import doctor as examining
+
+    try:
+        project: Project | None = Project.find(arguments.project)
+    except EdgetuneError:
+        project = None
+    found = []
+    for finding in examining.findings(project):
+        found.append(finding)
+        if not arguments.json:
+            _print_finding(finding)
+    if arguments.json:
+        print(_json([vars(finding) for finding in found]))
+    elif project is None:
+        _tell("no project here: only the machine was examined")
+    if failed := [finding.name for finding in found if finding.state == "fail"]:
+        raise failure(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}", hint="do what stands there")
+
+
+def _print_finding(finding: "Finding") -> None:
+    said = f"{finding.name:<12}{finding.summary}" + (f"\n{'':<17}{finding.remedy}" if finding.remedy else "")
+    if not _is_coloured():
+        print(f"{finding.state:<5}{said}")
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}[finding.state]
+    Console().print(Text.assemble((f"{finding.state:<5}", colour), said), soft_wrap=True)
+
+
 def status(arguments: argparse.Namespace) -> None:
     """Tell which steps are up to date, and why not."""
     from edgetune import workflow
@@ -422,7 +473,21 @@ def _terminate(_signal: int, _frame: object) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 fixable, 2 usage, 3 gate failed, 130 interrupted)."""
-    commands = (download, data, finetune, train, merge, export, verify, infer, evaluate, report, package, status)
+    commands = (
+        download,
+        data,
+        finetune,
+        train,
+        merge,
+        export,
+        verify,
+        infer,
+        evaluate,
+        report,
+        package,
+        status,
+        doctor,
+    )
     arguments = options.parser(commands).parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):

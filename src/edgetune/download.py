@@ -164,6 +164,15 @@ def _check_revision(job: Job, locked: LockEntry) -> None:
         )
 
 
+def locked_sizes(job: Job) -> dict[Path, int]:
+    """Return the size in bytes of each file of the base model by the lock; empty without one.
+
+    Raises EdgetuneError when the lock file is damaged.
+    """
+    locked = _read_lock(job).get(job.base_id)
+    return {job.base_folder / name: entry.size for name, entry in locked.files.items()} if locked else {}
+
+
 def changed_files(job: Job) -> list[Path]:
     """Return the files of the base model that are there with other bytes than the locked ones."""
     locked = _read_lock(job).get(job.base_id)

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from edgetune.dataset import EVAL, TRAIN, data_sets, metrics, rows_of
@@ -56,13 +56,14 @@ def examples(job: Job, role: str, limit: int | None = None) -> list[Example]:
     chosen = None
     if limit is not None and limit < total:
         chosen = set(random.Random(_SEED).sample(range(total), limit))  # noqa: S311 - no secret hangs on it
+    numbered = enumerate(good_rows(job, role))
+    return of_rows(job, (row for number, row in numbered if chosen is None or number in chosen))
+
+
+def of_rows(job: Job, rows: Iterable[Row]) -> list[Example]:
+    """Return the examples that rows make. Raises EdgetuneError for those too long for the exported model."""
     encoder = Encoder(job.workflow.contract, job.base_folder)
-    found = [
-        example
-        for number, row in enumerate(_good_rows(job, role))
-        if chosen is None or number in chosen
-        for example in _of_row(encoder, row)
-    ]
+    found = [example for row in rows for example in _of_row(encoder, row)]
     refuse(_without_room(job, found))
     return found
 
@@ -80,7 +81,7 @@ def _without_room(job: Job, found: list[Example]) -> Iterator[Problem]:
             )
 
 
-def _good_rows(job: Job, role: str) -> Iterator[Row]:
+def good_rows(job: Job, role: str) -> Iterator[Row]:
     """Yield the rows of a data set that were not rejected."""
     with job.project.rejected.open(encoding="utf-8") as file:
         entries = [json.loads(line) for line in file]

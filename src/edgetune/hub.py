@@ -267,6 +267,20 @@ def clean(text: str) -> str:
     return re.sub(r"hf_\w{8,}", "hf_…", text.replace(token, "…") if token else text)
 
 
+def unreachable(path: str, seconds: float) -> str:
+    """Ask the Hub for an address, without a token; return why no answer came, empty when one did.
+
+    Raises EdgetuneError when HF_TOKEN is none.
+    """
+    session = _client().get_session()
+    try:
+        response = session.head(f"{_endpoint()}/{path}", timeout=seconds, follow_redirects=True)
+    except Exception as error:  # noqa: BLE001 - whatever stands between here and there
+        return f"{_server()}: {clean(str(error)).partition(chr(10))[0] or type(error).__name__}"
+    failed = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return f"{_server()} answers with status {response.status_code}" if failed else ""
+
+
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 

@@ -52,6 +52,9 @@ def _of_steps(command: argparse.ArgumentParser) -> None:
 def _of_finetune(command: argparse.ArgumentParser) -> None:
     _of_steps(command)
     command.add_argument(
+        "--smoke", action="store_true", help="try all steps with two optimiser steps, and tell what a full run takes"
+    )
+    command.add_argument(
         "--engine",
         choices=("native", "olive"),
         default="native",
@@ -138,6 +141,7 @@ _OPTIONS = {
     "evaluate": _of_evaluate,
     "package": _of_package,
     "status": _of_status,
+    "doctor": _of_status,
 }
 
 

@@ -1,6 +1,7 @@
 """Folder and file names of a generated project. No other module spells a path."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ class Project:
     """A generated project, known by its root folder (absolute)."""
 
     root: Path
+    smoke: bool = False
+    """Whether results go to where a smoke run keeps its own."""
 
     @classmethod
     def find(cls, start: Path) -> "Project":
@@ -49,6 +52,29 @@ class Project:
         return self.root / "datasets" / f"{role}.jsonl"
 
     @property
+    def answers(self) -> Path:
+        """What copier was told, and the version of the template it rendered."""
+        return self.root / ".copier-answers.yml"
+
+    @property
+    def requirements(self) -> Path:
+        """The runtime and the exact versions of its packages."""
+        return self.root / "setup" / "requirements.txt"
+
+    def own_files(self) -> Iterator[Path]:
+        """Yield the files that no command made, those of environments and hidden tools left out."""
+        made = {self.model_cache, self.results, self.olive_cache}
+        for folder, names, files in os.walk(self.root):
+            names[:] = sorted(
+                name
+                for name in names
+                if Path(folder, name) not in made
+                and (not name.startswith(".") or name == ".github")
+                and not Path(folder, name, "pyvenv.cfg").exists()
+            )
+            yield from (Path(folder, file) for file in sorted(files))
+
+    @property
     def model_cache(self) -> Path:
         """Base models, ``<org>/<name>/`` each."""
         return self.root / "model-cache"
@@ -66,6 +92,10 @@ class Project:
     @property
     def results(self) -> Path:
         """Everything the runtime makes."""
+        return self._results / "smoke" if self.smoke else self._results
+
+    @property
+    def _results(self) -> Path:
         return self.root / "gen-model"
 
     def stage_folder(self, stage: str) -> Path:
@@ -87,6 +117,15 @@ class Project:
     def rejected(self) -> Path:
         """The rows that were left out, with the reasons."""
         return self.stage_folder("data") / "rejected.jsonl"
+
+    @property
+    def smoke_record(self) -> Path:
+        """What the last smoke run found."""
+        return self._results / "smoke" / "smoke.json"
+
+    def smoke_rows(self, data: str) -> Path:
+        """Return the rows that a smoke run takes of a data set."""
+        return self.results / "rows" / f"{data}.jsonl"
 
     @property
     def evaluation(self) -> Path:
@@ -125,12 +164,12 @@ class Project:
     @property
     def run_lock(self) -> Path:
         """Held while a command writes into the project."""
-        return self.results / ".lock"
+        return self._results / ".lock"
 
     @property
     def hash_cache(self) -> Path:
         """Known sha256 of large files by size, times and inode."""
-        return self.results / ".hashes.json"
+        return self._results / ".hashes.json"
 
     def log(self, stage: str) -> Path:
         """Return the file that keeps what the libraries print during a stage."""

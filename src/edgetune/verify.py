@@ -7,7 +7,7 @@ Reads the base model, ``gen-model/adapter/``, ``merged/`` and ``onnx.candidate/`
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def verify(job: Job, model: Path, limits: Limits, damage: Sequence[str] = (), *,
     verdict = current_verdict(job, model, limits, damage)
     if verdict is None:
         with job.progress.running("verify", job.project.log("verify")):
-            verdict = _examine(job, model, limits, damage)
+            verdict = examine(job, model, limits, damage)
     elif verdict["passed"]:
         job.progress.skip("verify")
         for check in verdict["checks"] if repeat else ():
@@ -121,13 +121,20 @@ def verify(job: Job, model: Path, limits: Limits, damage: Sequence[str] = (), *,
         raise _refusal(job, verdict)
 
 
-def _examine(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> dict[str, Any]:
+def examine(
+    job: Job, model: Path, limits: Limits, damage: Sequence[str] = (), judge: Callable[[Check], Check] | None = None
+) -> dict[str, Any]:
+    """Return the verdict on the model in ``model``, and put it where the verdict wants it.
+
+    ``judge`` has the last word on each check.
+    """
     reset_peak_memory()
     started, checks = time.monotonic(), []
     job.hashes.forget()
     steps = [job.project.stage_folder(stage) for stage in ("train", "merge")] if job.workflow.tuning else []
     damage = damage or changed_files(job, [*steps, model])
-    for check in [_files(damage)] if damage else _checks(job, model, limits):
+    for found in [_files(damage)] if damage else _checks(job, model, limits):
+        check = judge(found) if judge else found
         job.progress.say(
             f"{ {True: 'passed', False: 'FAILED', None: 'n/a'}[check.passed] }: {check.title}: {check.summary}"
         )
@@ -348,5 +355,5 @@ def stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) ->
             "check generation_config.json of the base model, or choose another one"
         )
     summary = "; ".join([*faults, f"{onnx} of {total} answers end with an end token ({exported_from(job)}: {merged})"])
-    numbers = {"asked": total, "ended": onnx, "merged_ended": merged}
+    numbers = {"asked": total, "ended": onnx, "merged_ended": merged, "faults": faults}
     return Check("tokens", "tokens and stopping", not cause, summary, cause, numbers)
