@@ -35,6 +35,7 @@ lint: setup ## Check style and types
 
 bench: setup ## Print speed and memory as ratios against a peer
 	$(BIN)/python tests/benchmarks/data.py
+	$(BIN)/python tests/benchmarks/preflight.py
 
 matrix: setup ## Run all architectures and write the table in docs/architectures.md
 	$(BIN)/python tests/matrix.py

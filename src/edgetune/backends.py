@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune import preflight
 from edgetune.errors import EdgetuneError, failure, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
 from edgetune.loading import load_base, load_weights, trusts
@@ -123,7 +124,7 @@ def adapter_backend(job: Job, adapter: Path) -> TorchBackend:
     def load() -> Any:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load_base(job), adapter)
+        return PeftModel.from_pretrained(load_base(job, preflight.trained_dtype(job)), adapter)
 
     return TorchBackend(
         _loaded(adapter, load), job.base_folder, max_length=job.workflow.builder.search.get("max_length")
@@ -323,4 +324,4 @@ def open_backend(job: Job, name: str) -> Backend:
         return OnnxBackend(folder)
     if name == "adapter":
         return adapter_backend(job, folder)
-    return torch_backend(job, folder, job.workflow.tuning.torch_dtype if job.workflow.tuning else "auto")
+    return torch_backend(job, folder, preflight.trained_dtype(job))

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edgetune import config, download, verify
+from edgetune import config, download, preflight, verify
 from edgetune.backends import OnnxBackend, backends_of, open_backend
 from edgetune.checks.answers import answer_limit
 from edgetune.dataset import EVAL, metrics
@@ -116,7 +116,7 @@ def _key(job: Job, name: str, limit: int | None) -> str:
         "data": [job.keys["data"], published(job.project.stage_folder("data"))],
         "limit": limit,
         "max_length": job.workflow.builder.search.get("max_length"),
-        "dtype": job.workflow.tuning and job.workflow.tuning.torch_dtype,
+        "dtype": preflight.trained_dtype(job),
     }
     return key_of("evaluate", _FORMAT, content)
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from rich.filesize import decimal
 
-from edgetune import base_model
+from edgetune import base_model, preflight
 from edgetune.errors import EdgetuneError, failure, refuse
 from edgetune.stages import Job, git_blob_id
 
@@ -61,7 +61,7 @@ def fetch(job: Job, target: Path, revision: str | None, locked: tuple[HubFile, .
     except EdgetuneError as error:
         problems += error.problems
     if "config.json" in download.digests:
-        problems += base_model.config_problems(job, target, names)
+        problems += base_model.config_problems(job, target, names) or preflight.download_problems(job, target)
     refuse(problems)
     download.take(*(file.name for file in files if not file.is_weights))
     refuse(base_model.shard_problems(job, target, names))

@@ -35,12 +35,10 @@ def load_weights(folder: Path, *, dtype: str, trusted: bool, quantisation: Any =
     )
 
 
-def load_base(job: Job) -> Any:
+def load_base(job: Job, dtype: str) -> Any:
     """Load the base model as the adapter sits on it: in 4 bits for QLoRA. Raises EdgetuneError without bitsandbytes."""
-    tuning = fine_tuning(job)
-    return load_weights(
-        job.base_folder, dtype=tuning.torch_dtype, trusted=trusts(job), quantisation=configuration(tuning)
-    )
+    quantisation = configuration(fine_tuning(job), dtype)
+    return load_weights(job.base_folder, dtype=dtype, trusted=trusts(job), quantisation=quantisation)
 
 
 def fine_tuning(job: Job) -> FineTuning:

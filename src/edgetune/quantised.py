@@ -27,8 +27,8 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def configuration(tuning: FineTuning) -> Any:
-    """Return how transformers shall quantise linear layers while loading; None where it shall not."""
+def configuration(tuning: FineTuning, dtype: str) -> Any:
+    """Return how transformers shall quantise linear layers of this dtype while loading; None where it shall not."""
     if not isinstance(tuning, QLoRA):
         return None
     bitsandbytes()
@@ -39,7 +39,7 @@ def configuration(tuning: FineTuning) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=tuning.quant_type,
         bnb_4bit_use_double_quant=tuning.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, tuning.compute_dtype or tuning.torch_dtype),
+        bnb_4bit_compute_dtype=getattr(torch, tuning.compute_dtype or dtype),
     )
 
 
@@ -54,13 +54,13 @@ class Quantisation:
     modules: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, tuning: FineTuning) -> Self:
+    def of(cls, model: Any, tuning: FineTuning, dtype: str) -> Self:
         """Look at a loaded base model."""
         if not isinstance(tuning, QLoRA):
             return cls()
         layer = bitsandbytes().nn.Linear4bit
         modules = tuple(name for name, module in model.named_modules() if isinstance(module, layer))
-        return cls(tuning.quant_type, tuning.double_quant, tuning.torch_dtype, modules)
+        return cls(tuning.quant_type, tuning.double_quant, dtype, modules)
 
     @classmethod
     def read(cls, adapter: Path) -> Self:

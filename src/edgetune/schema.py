@@ -173,7 +173,8 @@ class _FineTuning(Strict):
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[list[str], Field(min_length=1)] | None = None
-    torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    torch_dtype: Literal["bfloat16", "float32"] | None = None
+    """None: what this machine is fastest with, see :func:`edgetune.preflight.chosen`. Olive takes bfloat16."""
     train_data_config: str
     eval_data_config: str | None = None
     training_args: TrainingArguments = TrainingArguments()  # type: ignore[valid-type]

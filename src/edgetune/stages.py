@@ -4,6 +4,8 @@ A stage's key is the hash of the content it depends on. Its output is built in `
 into place with ``manifest.json`` as the last file written: no manifest, no stage.
 """
 
+import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -43,6 +45,8 @@ class Job:
     keys: dict[str, str]
     max_bad: int | None = None
     """How many rows may be left out because something is wrong with them; None: as many as were before, or none."""
+    ahead: tuple[str, ...] = ()
+    """The steps that this run comes to after the data, for :mod:`edgetune.preflight`; emptied when it has told them."""
 
     @classmethod
     def start(cls, project: Project, workflow: Workflow, progress: Progress) -> "Job":
@@ -258,8 +262,16 @@ def versions() -> dict[str, str]:
 
 def reset_peak_memory() -> None:
     """Start a new high-water mark, where the system has one per process that can be reset (Linux)."""
+    release_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def release_memory() -> None:
+    """Give what was freed back to the system."""
+    gc.collect()  # models refer to themselves
+    with suppress(OSError, AttributeError, TypeError):  # glibc alone keeps gigabytes of what was freed
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_mb() -> float:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune import trackers
+from edgetune import preflight, trackers
 from edgetune.dataset import Tokens
 from edgetune.download import digests
 from edgetune.errors import Problem, failure, missing_extra, refuse
@@ -28,6 +28,7 @@ from edgetune.stages import (
     list_outputs,
     published,
     read_manifest,
+    release_memory,
     write_json,
 )
 
@@ -86,11 +87,13 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     trackers.prepare(job)
     tokens = Tokens(job.project.stage_folder("data"), "train")
-    arguments = _training_arguments(job, folder / _CHECKPOINTS)
+    settings = preflight.chosen(job)
+    arguments = _training_arguments(job, folder / _CHECKPOINTS, settings)
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
-    base = load_base(job)
-    quantisation = Quantisation.of(base, fine_tuning(job))
-    model = _with_adapter(job, base)
+    base = load_base(job, settings.dtype)
+    quantisation = Quantisation.of(base, fine_tuning(job), settings.dtype)
+    model = _with_adapter(job, base, settings.dtype)
+    release_memory()
     with _argument_errors(job):
         trainer = transformers.Trainer(
             model=model,
@@ -106,7 +109,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     trainer.remove_callback(transformers.PrinterCallback)
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job, folder / _CHECKPOINTS))
     trackers.finish(job)
-    metrics = _metrics(trainer, result.metrics)
+    metrics = _metrics(trainer, result.metrics) | {"torch_dtype": settings.dtype}
     if metrics["best_step"]:
         job.progress.say(
             f"the adapter of step {metrics['best_step']} is the best: eval loss {metrics['eval_loss']:.4f}"
@@ -171,7 +174,7 @@ def tensor_shapes(model: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _training_arguments(job: Job, output: Path) -> Any:
+def _training_arguments(job: Job, output: Path, settings: preflight.Settings) -> Any:
     """Make transformers' TrainingArguments: the file's values, Olive's defaults, and what the runtime owns."""
     from transformers import TrainingArguments
 
@@ -184,7 +187,7 @@ def _training_arguments(job: Job, output: Path) -> Any:
     # Checkpoints are for resuming after an interruption: a share of the run, whatever its length.
     given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
     given.setdefault("save_total_limit", 2)
-    given.setdefault("gradient_checkpointing", False)
+    given["gradient_checkpointing"] = settings.gradient_checkpointing
     given.setdefault("run_name", trackers.run_name(job))
     given.setdefault("project", job.project.root.name)
     given.setdefault("dataloader_pin_memory", False)
@@ -221,7 +224,7 @@ def _argument_errors(job: Job) -> Iterator[None]:
         raise failure(f"training_args: {said}", where=where, hint="correct the argument or remove it") from error
 
 
-def _with_adapter(job: Job, base: Any) -> Any:
+def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
     """Put fresh LoRA layers (float32) on the base model."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -243,7 +246,7 @@ def _with_adapter(job: Job, base: Any) -> Any:
         where = job.workflow.where_in_tuning("target_modules")
         raise failure(str(error).splitlines()[0], where=where, hint="name the layers in target_modules") from None
     trained, total = model.get_nb_trainable_parameters()
-    precision = f"{tuning.quant_type} in {tuning.torch_dtype}" if isinstance(tuning, QLoRA) else tuning.torch_dtype
+    precision = f"{tuning.quant_type} in {dtype}" if isinstance(tuning, QLoRA) else dtype
     job.progress.say(
         f"{tuning.type} r {tuning.r} on {', '.join(sorted(model.peft_config['default'].target_modules))}: "
         f"{trained:,} of {total:,} parameters; {precision} on {device()}, {torch.get_num_threads()} threads"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune import dataset, download, export, merge, train, verify
+from edgetune import dataset, download, export, merge, preflight, train, verify
 from edgetune.errors import EdgetuneError, failure
 from edgetune.stages import (
     Job,
@@ -75,10 +75,11 @@ def _run_steps(job: Job, last: str, *, source: Path | None = None, update_lock: 
     if last in ("train", "merge") and job.workflow.tuning is None:
         where, hint = job.workflow.where("passes"), "`edgetune finetune` exports the base model as it is"
         raise failure(f"there is nothing to {last}: the workflow has no fine-tuning pass", where=where, hint=hint)
+    stages = [stage for stage in stages_of(job) if STEPS.index(stage.name) <= STEPS.index(last)]
+    steps = [stage.name for stage in stages if stage is not dataset.STAGE]
+    job.ahead = (*steps, "verify") if last == "verify" else tuple(steps)
     _run_download(job, last, source=source, update_lock=update_lock)
-    for stage in stages_of(job):
-        if STEPS.index(stage.name) > STEPS.index(last):
-            break
+    for stage in stages:
         _run_stage(job, stage)
         if stage is dataset.STAGE:
             dataset.check_rejected(job)
@@ -127,6 +128,9 @@ def _run_stage(job: Job, stage: Stage) -> None:
     if any(is_current(place, key, job.hashes) for place in _places(job, stage)):
         job.progress.skip(stage.name)
         return
+    if stage.name in job.ahead:
+        preflight.check(job, job.ahead[job.ahead.index(stage.name) :])
+        job.ahead = ()
     with (
         job.progress.running(stage.name, job.project.log(stage.name)),
         building(folder, stage.name, key, inputs) as build,
