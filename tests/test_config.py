@@ -39,6 +39,8 @@ def test_every_key_has_the_line_it_stands_on(tmp_path_factory: pytest.TempPathFa
     ("model", "olive_pass"),
     [
         (schema.LoRA, "LoRA"),
+        (schema.QLoRA, "QLoRA"),
+        (schema.DoRA, "DoRA"),
         (schema.MergeAdapterWeights, "MergeAdapterWeights"),
         (schema.ModelBuilder, "ModelBuilder"),
     ],

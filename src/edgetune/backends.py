@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import preflight
+from edgetune.base_model import trusts_code
 from edgetune.errors import EdgetuneError, failure, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
-from edgetune.loading import load_base, load_weights, trusts
+from edgetune.loading import load_base, load_weights
 from edgetune.prompt import context_length, end_token_ids, load_tokenizer
+from edgetune.quantised import Quantisation
 from edgetune.stages import Job, read_json, read_manifest, recover
 from edgetune.stream import Stream, TransformersStreamer
 
@@ -112,7 +114,7 @@ class TorchBackend(Backend):
 def torch_backend(job: Job, folder: Path, dtype: str) -> TorchBackend:
     """Load a model of the project. Raises EdgetuneError when its files are not what they should be."""
     return TorchBackend(
-        _loaded(folder, lambda: load_weights(folder, dtype=dtype, trusted=trusts(job))),
+        _loaded(folder, lambda: load_weights(folder, dtype=dtype, trusted=trusts_code(job))),
         folder,
         max_length=job.workflow.builder.search.get("max_length"),
     )
@@ -124,7 +126,9 @@ def adapter_backend(job: Job, adapter: Path) -> TorchBackend:
     def load() -> Any:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load_base(job, preflight.trained_dtype(job)), adapter)
+        quantisation = Quantisation.read(adapter)
+        base = load_base(job, preflight.trained_dtype(job), quantisation if quantisation.modules else None)
+        return PeftModel.from_pretrained(base, adapter)
 
     return TorchBackend(
         _loaded(adapter, load), job.base_folder, max_length=job.workflow.builder.search.get("max_length")
@@ -308,7 +312,8 @@ def _missing(job: Job, name: str, folder: Path) -> EdgetuneError:
         where = project.name(candidate)
         return failure("the model was exported, but not verified yet", where=where, hint="run `edgetune verify`")
     if name == "onnx" and project.refused_model.is_dir():
-        hint = f"{project.name(project.verdict)} says why; `--backend merged` asks the model before its conversion"
+        before = exported_from(job)
+        hint = f"{project.name(project.verdict)} says why; `--backend {before}` asks the model before its conversion"
         return failure("verification refused the exported model", where=project.name(project.refused_model), hint=hint)
     hint = "run `make finetune` (or `edgetune finetune`) first"
     return failure(f"there is no {name} model yet", where=project.name(folder), hint=hint)

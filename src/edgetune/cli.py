@@ -148,9 +148,10 @@ def _check_ladder_options(arguments: argparse.Namespace) -> None:
 
 def _climb(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Find the settings of the export, print what was tried; raises GateError when nothing is good enough."""
-    from edgetune import ladder
+    from edgetune import ladder, workflow
 
-    job = _run_steps(arguments, "merge")
+    job = _start(arguments)
+    workflow.run(job, "merge" if job.workflow.tuning else "data")
     found = ladder.climb(job, ladder.Wanted(arguments.max_drop, arguments.max_ms_per_token))
     rungs = [vars(one) for one in found]
     refusal = ladder.refusal(job, found)
@@ -370,8 +371,8 @@ def _tuned(job: "Job") -> GateError | None:
     """
     from edgetune import workflow
 
-    adapter = next(state for state in workflow.status(job) if state.step == "train")
-    if adapter.state == "stale":
+    adapter = next((state for state in workflow.status(job) if state.step == "train"), None)
+    if adapter and adapter.state == "stale":
         hint = "run `edgetune finetune` to train again, or take the changes back"
         raise failure(f"the adapter is older than the project ({adapter.detail})", where=adapter.folder, hint=hint)
     try:

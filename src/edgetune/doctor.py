@@ -114,5 +114,6 @@ def _runs(needs: Needs, project: Project) -> Finding:
     half = [path for folder in folders for path in folder.parent.glob(partial_folder(Path("*")).name)]
     if half:
         names = ", ".join(project.name(path) for path in half)
-        return Finding("runs", "warn", f"one was interrupted: {names}", "`edgetune finetune` goes on from there")
+        remedy = "`edgetune finetune` goes on from there; what it has no use for can be deleted"
+        return Finding("runs", "warn", f"one was interrupted: {names}", remedy)
     return Finding("runs", "ok", "none was interrupted")

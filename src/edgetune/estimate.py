@@ -226,10 +226,10 @@ def verify_memory(plan: Plan) -> float:
 
 
 def exported_bytes(plan: Plan) -> float:
-    """Return the size of the exported model: the embedding stays float32 on a CPU, the output layer does not."""
+    """Return the size of the exported model: the embedding stays float32, the output layer does not."""
     shape = plan.shape
     embedding = shape.vocabulary * shape.hidden
-    size = INT4_BYTES if plan.precision == "int4" else 4
+    size = {"int4": INT4_BYTES, "fp32": 4}.get(plan.precision, 2)
     return 4 * embedding + size * (shape.linear_parameters + embedding)
 
 

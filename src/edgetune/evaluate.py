@@ -81,8 +81,8 @@ def check_data(job: Job) -> None:
     """Raise EdgetuneError when there are no evaluation data."""
     if job.workflow.eval_data is None:
         raise failure(
-            "there are no evaluation data: the fine-tuning pass names no eval_data_config",
-            where=job.workflow.where_in_tuning(),
+            "there are no evaluation data",
+            where=job.workflow.where_in_tuning() if job.workflow.tuning else job.workflow.where("data_configs"),
             hint="`edgetune data --write-split 0.1` sets a tenth of the rows aside",
         )
 

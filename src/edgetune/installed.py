@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 _TESTED = Path(__file__).parent / "constraints.txt"
 
@@ -122,7 +122,7 @@ def flavours() -> dict[str, dict[str, str]]:
 def wanted_runtime(requirements: Path) -> str:
     """Return the version or commit of edgetune that a requirements file asks for; empty when it names neither."""
     with suppress(OSError):
-        for line in requirements.read_text(encoding="utf-8").splitlines():
+        for line in requirements.read_text(encoding="utf-8", errors="replace").splitlines():
             if match := re.match(r"edgetune\s*(?:\[[^]]*\])?\s*(?:==\s*|@\s*git\+\S*@)([^\s@;#]+)", line):
                 return match[1]
     return ""
@@ -131,7 +131,9 @@ def wanted_runtime(requirements: Path) -> str:
 def template_version(answers: Path) -> str:
     """Return git's description of the template that copier rendered last; empty when it is not told."""
     with suppress(OSError):
-        if match := re.search(r"^_commit:\s*['\"]?([^\s'\"]+)", answers.read_text(encoding="utf-8"), re.MULTILINE):
+        if match := re.search(
+            r"^_commit:\s*['\"]?([^\s'\"]+)", answers.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        ):
             return match[1]
     return ""
 
@@ -139,7 +141,8 @@ def template_version(answers: Path) -> str:
 def is_runtime(wanted: str) -> bool | None:
     """Tell whether a version, tag or commit is the installed edgetune; None when that cannot be told."""
     if re.fullmatch(r"v?\d+(\.\d+)+\S*", wanted) and not re.search(r"-\d+-g[0-9a-f]+$", wanted):
-        return Version(wanted) == Version(version("edgetune"))
+        with suppress(InvalidVersion):  # a branch may be called like one
+            return Version(wanted) == Version(version("edgetune"))
     origin = json.loads(distribution("edgetune").read_text("direct_url.json") or "{}")
     here = origin.get("vcs_info", {}).get("commit_id")
     commit = wanted.rpartition("-g")[2]

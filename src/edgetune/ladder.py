@@ -60,7 +60,9 @@ def rungs(job: Job) -> Iterator[Rung]:
     plain = "default" if given else None
     if (read_json(export.source_folder(job) / "config.json") or {}).get("tie_word_embeddings"):
         plain = "rtn"  # the one of the two that keeps embeddings which are the head's weights in 4 bits as well
-    int4 = {"precision": "int4"}
+    int4: dict[str, Any] = {"precision": "int4"}
+    if job.workflow.builder.int4_is_symmetric is False:  # of an earlier climb, or larger than need be
+        int4 |= {"int4_is_symmetric": True}
     yield Rung("int4", int4 | ({"int4_algo_config": plain} if plain else {}))
     yield Rung("int4, last layer int8", int4 | {"int4_algo_config": "rtn_last"})
     yield Rung("k_quant_mixed", int4 | {"int4_algo_config": "k_quant_mixed", "int4_is_symmetric": False})
@@ -160,7 +162,7 @@ def table(found: Sequence[Measured]) -> Iterator[str]:
             f"{form.format(numbers[f'onnx_{metric}']):>12}{numbers['top1_agreement']:>11.1%}{numbers['mean_kl']:>9.4f}"
             f"  {'no: ' + '; '.join(one.faults) if one.faults else 'yes'}"
         )
-    yield f"{'(merged)':<22}{'':>20}{form.format(found[0].numbers[f'merged_{metric}']):>12}"
+    yield f"{'(before the export)':<22}{'':>20}{form.format(found[0].numbers[f'merged_{metric}']):>12}"
 
 
 def refusal(job: Job, found: Sequence[Measured]) -> GateError | None:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from edgetune.quantised import configuration
+from edgetune.base_model import trusts_code
+from edgetune.quantised import Quantisation
 from edgetune.schema import FineTuning
 from edgetune.stages import Job
 
@@ -35,18 +36,13 @@ def load_weights(folder: Path, *, dtype: str, trusted: bool, quantisation: Any =
     )
 
 
-def load_base(job: Job, dtype: str) -> Any:
+def load_base(job: Job, dtype: str, quantisation: Quantisation | None) -> Any:
     """Load the base model as the adapter sits on it: in 4 bits for QLoRA. Raises EdgetuneError without bitsandbytes."""
-    quantisation = configuration(fine_tuning(job), dtype)
-    return load_weights(job.base_folder, dtype=dtype, trusted=trusts(job), quantisation=quantisation)
+    configuration = quantisation and quantisation.configuration()
+    return load_weights(job.base_folder, dtype=dtype, trusted=trusts_code(job), quantisation=configuration)
 
 
 def fine_tuning(job: Job) -> FineTuning:
     """Return the fine-tuning pass of a workflow that has one."""
     assert job.workflow.tuning is not None  # noqa: S101 - steps that ask for it do not run without
     return job.workflow.tuning
-
-
-def trusts(job: Job) -> bool:
-    """Tell whether transformers may run code of the model's repository."""
-    return job.workflow.input_model.load_kwargs.trust_remote_code

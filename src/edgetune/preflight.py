@@ -3,8 +3,11 @@
 Reads config.json of the base model, the numbers of the data step, the workflow file and the machine's memory.
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +18,7 @@ from edgetune.base_model import read_config
 from edgetune.errors import Problem, refuse
 from edgetune.estimate import Dtype, Plan, Shape
 from edgetune.loading import fine_tuning
+from edgetune.schema import FineTuning
 from edgetune.stages import Job, read_manifest
 
 RESERVE = 500_000_000  # bytes for the system
@@ -54,8 +58,16 @@ def _settings(job: Job, plan: Plan | None) -> Settings:
     checkpointing = tuning.training_args.gradient_checkpointing  # type: ignore[attr-defined]
     if plan is None:  # an architecture of its own
         return Settings(tuning.torch_dtype or "float32", bool(checkpointing))
-    available, bf16 = (None, True) if machine.gpus() else (limit(), bool(machine.has_bf16()))
+    available, bf16 = (None, True) if trains_on_gpu() else (limit(), bool(machine.has_bf16()))
     return settle(plan, available, dtype=tuning.torch_dtype, checkpointing=checkpointing, has_bf16=bf16)
+
+
+def trains_on_gpu() -> bool:
+    """Tell whether training will be on CUDA, as far as that is known without torch."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(machine.gpus())
+    with suppress(PackageNotFoundError):
+        return seen and not version("torch").endswith("+cpu")
+    return seen
 
 
 def settle(
@@ -68,7 +80,7 @@ def settle(
         dtype = "bfloat16" if has_bf16 or not _fits(smallest, "train", available) else "float32"
         needs = _size(estimate.train_memory(smallest))
         slow = "this processor has no instructions for bfloat16"
-        why = "this processor has instructions for it" if has_bf16 else f"float32 would need {needs}"
+        why = "there are instructions for it here" if has_bf16 else f"float32 would need {needs}"
         reasons.append(f"torch_dtype {dtype}: {slow if dtype == 'float32' else why}")
     if checkpointing is None:
         without = replace(plan, dtype=dtype, checkpointing=False)
@@ -135,6 +147,8 @@ def alternatives(plan: Plan) -> Iterator[Plan]:
 
     What costs least comes first: time, then precision, then rows.
     """
+    if plan.method == "none":
+        return
     if not plan.checkpointing:
         yield (plan := replace(plan, checkpointing=True))
     while plan.batch > 1:
@@ -170,7 +184,7 @@ def settings(plan: Plan, changed: Plan) -> dict[str, str]:
 def _memory_problems(
     job: Job, plan: Plan, steps: Sequence[str], available: float | None, share: float
 ) -> list[Problem]:
-    if machine.gpus():  # training is there; its memory is not known here
+    if trains_on_gpu():  # the memory there is not known here
         steps = [step for step in steps if step != "train"]
     return [
         Problem(
@@ -229,6 +243,17 @@ def _duration(seconds: float) -> str:
     return f"about {seconds / _MINUTE:.0f} min" if seconds < _HOUR else f"about {seconds / _HOUR:.1f} h"
 
 
+def _targets(tuning: FineTuning, *, fused: bool) -> tuple[str, ...]:
+    """Return the last part of the names of the matrices that get an adapter: those named, or the defaults."""
+    if tuning.target_modules:
+        return tuple({name.rpartition(".")[2]: None for name in tuning.target_modules})
+    if tuning.type != "QLoRA":  # PEFT's choice
+        return ("qkv_proj",) if fused else ("q_proj", "v_proj")
+    if fused:
+        return "qkv_proj", "o_proj", "gate_up_proj", "down_proj"
+    return "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+
+
 def _size(amount: float) -> str:
     return f"{amount / 1e9:.1f} GB" if amount >= _TENTH else decimal(round(amount))
 
@@ -239,7 +264,8 @@ def _plan(job: Job, folder: Path) -> Plan | None:
     None for a base model of unknown architecture.
     """
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    shape = Shape.of(read_config(folder), max(files, default=None))
+    config = read_config(folder)
+    shape = Shape.of(config, max(files, default=None))
     if shape is None:
         return None
     precision = job.workflow.builder.precision
@@ -258,7 +284,7 @@ def _plan(job: Job, folder: Path) -> Plan | None:
         method=tuning.type,
         dtype=tuning.torch_dtype or "float32",
         r=tuning.r,
-        targets=tuple(tuning.target_modules or ("q_proj", "v_proj", "qkv_proj")),
+        targets=_targets(tuning, fused=config.get("model_type") == "phi3"),
         dropout=tuning.lora_dropout > 0,
         batch=arguments.per_device_train_batch_size,
         accumulation=arguments.gradient_accumulation_steps,

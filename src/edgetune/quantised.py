@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,22 +27,6 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def configuration(tuning: FineTuning, dtype: str) -> Any:
-    """Return how transformers shall quantise linear layers of this dtype while loading; None where it shall not."""
-    if not isinstance(tuning, QLoRA):
-        return None
-    bitsandbytes()
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=tuning.quant_type,
-        bnb_4bit_use_double_quant=tuning.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, tuning.compute_dtype or dtype),
-    )
-
-
 @dataclass(frozen=True)
 class Quantisation:
     """Which weights of the base model went through 4 bits, and how; by default none did."""
@@ -51,16 +35,34 @@ class Quantisation:
     double_quant: bool = False
     dtype: str = "float32"
     """The type that they had before and have after."""
+    compute_dtype: str = "float32"
+    """The type they are multiplied in."""
     modules: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, tuning: FineTuning, dtype: str) -> Self:
-        """Look at a loaded base model."""
+    def wanted(cls, tuning: FineTuning, dtype: str) -> Self | None:
+        """Return what a pass asks for; None when it leaves the base model as it is."""
         if not isinstance(tuning, QLoRA):
-            return cls()
+            return None
+        return cls(tuning.quant_type, tuning.double_quant, dtype, tuning.compute_dtype or dtype)
+
+    def configuration(self) -> Any:
+        """Return it for transformers. Raises EdgetuneError when bitsandbytes is missing."""
+        bitsandbytes()
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
+        )
+
+    def of(self, model: Any) -> Self:
+        """Return it with the layers that a loaded model holds so."""
         layer = bitsandbytes().nn.Linear4bit
-        modules = tuple(name for name, module in model.named_modules() if isinstance(module, layer))
-        return cls(tuning.quant_type, tuning.double_quant, dtype, modules)
+        return replace(self, modules=tuple(name for name, module in model.named_modules() if isinstance(module, layer)))
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
@@ -73,8 +75,7 @@ class Quantisation:
 
     def write(self, adapter: Path) -> None:
         """Leave it beside the adapter."""
-        if self.modules:
-            write_json(adapter / _RECORD, asdict(self))
+        write_json(adapter / _RECORD, asdict(self))
 
     @property
     def tensors(self) -> set[str]:

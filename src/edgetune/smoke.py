@@ -61,6 +61,7 @@ def _key(job: Job) -> str:
         "base": download.digests(job, weights=True),
         "data": [job.keys["data"], published(job.project.stage_folder("data"))],
         "workflow": job.workflow.model_dump(include={"passes", "systems"}, exclude_none=True),
+        "versions": versions(),
     }
     return key_of("smoke", _FORMAT, inputs)
 
@@ -130,7 +131,7 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
 def _in_little(whole: Workflow, files: dict[str, Path], start: Path) -> Workflow:
     """Return the workflow with its data taken from ``files`` and its training ended after two steps."""
     data = [_from_file(config, files, start) for config in whole.data_configs]
-    passes = {name: _two_steps(step) if hasattr(step, "training_args") else step for name, step in whole.passes.items()}
+    passes = {name: _two_steps(step) if step is whole.tuning else step for name, step in whole.passes.items()}
     return whole.model_copy(update={"data_configs": data, "passes": passes})
 
 
@@ -145,7 +146,7 @@ def _from_file(config: DataConfig, files: dict[str, Path], start: Path) -> DataC
 
 def _training_arguments(workflow: Workflow) -> Any:
     """Return the arguments of the training pass; None when nothing is trained."""
-    return next((step.training_args for step in workflow.passes.values() if hasattr(step, "training_args")), None)
+    return workflow.tuning.training_args if workflow.tuning else None  # type: ignore[attr-defined]
 
 
 def _two_steps(tuning: Any) -> Any:
@@ -231,7 +232,8 @@ def _full_run(job: Job, trial: Job) -> dict[str, Any]:
     evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history)
     training = sum(entry.get("train_runtime", 0.0) for entry in history) - evaluating
     steps = _steps(arguments, _sets(job)[TRAIN]["samples"])
-    evaluations = _evaluations(arguments, steps) if evaluating else 0
+    per_epoch = _steps_of_epoch(arguments, _sets(job)[TRAIN]["samples"])
+    evaluations = _evaluations(arguments, steps, per_epoch) if evaluating else 0
     little = _sets(trial)
     step = trial.progress.last_step() if isinstance(trial.progress, _Timed) else None
     of_steps = (step or training / STEPS) * steps * _mean(job, TRAIN) / _mean(trial, TRAIN)
@@ -262,16 +264,19 @@ def _steps(arguments: Any, samples: int) -> int:
     """Return the optimiser steps of a full run, counted as transformers' Trainer does."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    epochs = float(arguments.num_train_epochs)
+    return math.ceil(float(arguments.num_train_epochs) * _steps_of_epoch(arguments, samples))
+
+
+def _steps_of_epoch(arguments: Any, samples: int) -> int:
+    """Return the optimiser steps that read every sample once."""
     batches = math.ceil(samples / int(arguments.per_device_train_batch_size))
-    return math.ceil(epochs * math.ceil(batches / int(arguments.gradient_accumulation_steps)))
+    return math.ceil(batches / int(arguments.gradient_accumulation_steps))
 
 
-def _evaluations(arguments: Any, steps: int) -> int:
+def _evaluations(arguments: Any, steps: int, per_epoch: int) -> int:
     """Return how often a full run evaluates."""
-    epochs = float(arguments.num_train_epochs)
     if arguments.eval_strategy == "epoch":
-        return math.ceil(epochs)
+        return math.ceil(steps / per_epoch)
     interval = float(arguments.eval_steps or arguments.logging_steps or 500)  # transformers' default
     return math.floor(steps / (math.ceil(interval * steps) if interval < 1 else interval))
 

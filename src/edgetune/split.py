@@ -140,8 +140,10 @@ def _new_data_set(job: Job, source: JsonSource, place: Location, load: dict[str,
     names = {data.name for data in job.workflow.data_configs}
     name = next(name for n in range(1, len(names) + 2) if (name := f"eval_data{n if n > 1 else ''}") not in names)
     added = source.data["data_configs"][place[1]] | {"name": name, "load_dataset_config": load}
-    step = next(step for step, given in source.data["passes"].items() if "train_data_config" in given)
     edits = [source.adding_after(place, added)]
+    step = next((step for step, given in source.data["passes"].items() if "train_data_config" in given), None)
+    if step is None:  # then the second data set is the one for evaluation
+        return edits
     if "eval_data_config" in source.data["passes"][step]:
         edits.append(source.replacing(("passes", step, "eval_data_config"), name))
     else:

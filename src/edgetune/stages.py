@@ -134,7 +134,7 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return an object from a JSON file, or None when there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from edgetune.stages import (
     is_intact,
     list_outputs,
     published,
+    read_json,
     read_manifest,
     release_memory,
     write_json,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _CHECKPOINTS = "checkpoints"
+_SETTINGS = "settings.json"  # among them
 _SAVES_PER_RUN = 10
 _LOGGING_STEPS = 500  # of transformers, which evaluates as often unless told otherwise
 _IGNORED = -100  # the label that transformers leaves out of the loss
@@ -87,11 +90,12 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     trackers.prepare(job)
     tokens = Tokens(job.project.stage_folder("data"), "train")
-    settings = preflight.chosen(job)
+    settings = _as_begun(folder / _CHECKPOINTS / _SETTINGS, preflight.chosen(job))
     arguments = _training_arguments(job, folder / _CHECKPOINTS, settings)
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
-    base = load_base(job, settings.dtype)
-    quantisation = Quantisation.of(base, fine_tuning(job), settings.dtype)
+    wanted = Quantisation.wanted(fine_tuning(job), settings.dtype)
+    base = load_base(job, settings.dtype, wanted)
+    quantisation = wanted and wanted.of(base)
     model = _with_adapter(job, base, settings.dtype)
     release_memory()
     with _argument_errors(job):
@@ -125,13 +129,24 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     # PEFT has put the local path there, which says nothing on another machine.
     model.peft_config["default"].base_model_name_or_path = job.base_id
     model.save_pretrained(folder, save_embedding_layers=False)
-    quantisation.write(folder)
+    if quantisation:
+        quantisation.write(folder)
     write_json(folder / "loss.json", trainer.state.log_history)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     return metrics
 
 
 STAGE = Stage("train", 1, inputs, build)
+
+
+def _as_begun(path: Path, settings: preflight.Settings) -> preflight.Settings:
+    """Return the settings with the dtype that an interrupted run began with: memory may be another one now."""
+    begun = read_json(path)
+    if begun is not None:
+        return replace(settings, dtype=begun["dtype"])
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"dtype": settings.dtype})
+    return settings
 
 
 def check_target_modules(job: Job) -> None:
@@ -188,6 +203,8 @@ def _training_arguments(job: Job, output: Path, settings: preflight.Settings) ->
     given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
     given.setdefault("save_total_limit", 2)
     given["gradient_checkpointing"] = settings.gradient_checkpointing
+    if isinstance(fine_tuning(job), QLoRA) and device() == "cuda":
+        given.setdefault("optim", "paged_adamw_32bit")  # Olive's default; there is none for a CPU
     given.setdefault("run_name", trackers.run_name(job))
     given.setdefault("project", job.project.root.name)
     given.setdefault("dataloader_pin_memory", False)
@@ -247,8 +264,9 @@ def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
         raise failure(str(error).splitlines()[0], where=where, hint="name the layers in target_modules") from None
     trained, total = model.get_nb_trainable_parameters()
     precision = f"{tuning.quant_type} in {dtype}" if isinstance(tuning, QLoRA) else dtype
+    modules = {name.rpartition(".")[2] for name in model.peft_config["default"].target_modules}
     job.progress.say(
-        f"{tuning.type} r {tuning.r} on {', '.join(sorted(model.peft_config['default'].target_modules))}: "
+        f"{tuning.type} r {tuning.r} on {', '.join(sorted(modules))}: "
         f"{trained:,} of {total:,} parameters; {precision} on {device()}, {torch.get_num_threads()} threads"
     )
     return model

@@ -235,7 +235,7 @@ def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
         losses = adapter_losses(job, rows)
         yield _learned(merge, losses, role)
         found = quantisation(job, model, rows, losses.logits)
-        yield _merged(merge, losses, found)
+        yield _merged(job, merge, losses, found)
     work = partial_folder(job.project.results / "verify")
     yield _converted(compare_conversion(job, source_folder(job), work))
     yield quantised(job, found, limits)
@@ -255,7 +255,7 @@ def _learned(merge: MergeFindings, losses: Losses, role: str) -> Check:
     return Check("adapter", _LEARNED, passed, summary, "" if passed else cause, numbers)
 
 
-def _merged(merge: MergeFindings, losses: Losses, found: Quantisation) -> Check:
+def _merged(job: Job, merge: MergeFindings, losses: Losses, found: Quantisation) -> Check:
     """Judge the weights, and whether the merged model knows what the adapter knows on the 4-bit base of QLoRA."""
     loss = found.merged_total / found.tokens
     summary = (
@@ -266,7 +266,9 @@ def _merged(merge: MergeFindings, losses: Losses, found: Quantisation) -> Check:
     )
     cause = ""
     if not 100 * math.expm1(loss - losses.adapter) <= _MAX_RISE:
-        cause = "the merged model is worse than its adapter on the 4-bit base model: train with LoRA instead of QLoRA"
+        cause = "the merged model is worse than its adapter: its weights are rounded to the base model's type"
+        if job.workflow.tuning and job.workflow.tuning.type == "QLoRA":
+            cause += "; train with LoRA instead of QLoRA"
     if merge.wrong:
         more = len(merge.wrong) - _NAMED
         summary = "; ".join(merge.wrong[:_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -348,7 +350,8 @@ def stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) ->
     else:
         run_on = onnx < max(merged, _ENDED * total)
     if run_on:
-        cause = "answers run on: train for longer, or export with less loss (`edgetune export --auto`)"
+        longer = "train for longer, or " if job.workflow.tuning else ""
+        cause = f"answers run on: {longer}export with less loss (`edgetune export --auto`)"
     if faults:
         cause = (
             "applications would give the model other ids than it was trained with, or run past its answers: "

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.backends import OnnxBackend, torch_backend
+from edgetune.base_model import trusts_code
 from edgetune.checks.merge import Tensors
 from edgetune.export import run_builder
-from edgetune.loading import trusts
 from edgetune.stages import Job, write_json
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -79,7 +79,7 @@ def write_prefix(job: Job, model: Path, target: Path) -> tuple[int, int]:
             shutil.copyfile(path, target / path.name)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tensors = Tensors(model)
-    layers = prefix_length(layer_kinds(model, tensors, trusted=trusts(job)))
+    layers = prefix_length(layer_kinds(model, tensors, trusted=trusts_code(job)))
     vocabulary = config["vocab_size"]
     kept = {}
     for name in tensors.names:
