@@ -102,12 +102,12 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
         (lambda c: c["passes"]["lora"].update(r=-3), '"r"', "greater than or equal to 1", ""),
         (edit_training_args(learning_rate="fast"), "learning_rate", "valid number", ""),
         (
-            lambda c: c["passes"]["builder"].update(type="Gptq"),
+            lambda c: c["passes"]["builder"].update(type="Rtn"),
             "builder",
-            "no pass of type 'Gptq'",
+            "no pass of type 'Rtn'",
             "--engine olive",
         ),
-        (lambda c: c["passes"]["builder"].update(precision="fp16"), "precision", "'int4' or 'fp32'", "README"),
+        (lambda c: c["passes"]["builder"].update(precision="fp16"), "precision", "no fp16 for CPU", "int4, fp32"),
         (
             lambda c: c["passes"]["lora"].update(train_data_config="no"),
             "train_data_config",

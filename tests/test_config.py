@@ -42,6 +42,7 @@ def test_every_key_has_the_line_it_stands_on(tmp_path_factory: pytest.TempPathFa
         (schema.QLoRA, "QLoRA"),
         (schema.DoRA, "DoRA"),
         (schema.MergeAdapterWeights, "MergeAdapterWeights"),
+        (schema.Gptq, "Gptq"),
         (schema.ModelBuilder, "ModelBuilder"),
     ],
 )

@@ -174,3 +174,15 @@ def test_the_conversion_is_checked_on_the_cpu(project: Sandbox, tmp_path: Path) 
     found = compare_conversion(job, place.stage_folder("merge"), tmp_path / "work")
 
     assert found.difference < 1e-3
+
+
+def test_training_for_a_device_that_is_not_here(fresh: Sandbox) -> None:
+    """It is said before hours of training, not after them."""
+    ask_for(fresh, "CUDAExecutionProvider", precision="fp16")
+
+    result = fresh.run("finetune")
+
+    assert result.returncode == 1
+    assert "onnxruntime-genai for it is not installed" in result.stderr
+    assert "olive-config.json:" in result.stderr
+    assert "train     " not in result.stderr

@@ -96,10 +96,11 @@ def test_no_rung_holds(project: Sandbox) -> None:
     assert result.returncode == 3, result.stderr
     header, *rungs, merged = result.stdout.splitlines()
     assert "accuracy" in header
-    assert [rung.split("  ")[0] for rung in rungs] == ["int4", "int4, last layer int8", "k_quant_mixed"]
+    assert [rung.split("  ")[0] for rung in rungs] == ["int4", "int4, last layer int8", "k_quant_mixed", "Gptq"]
     assert all("ms a token, 0.001 are let through" in rung for rung in rungs)
-    sizes = [float(rung[22:32]) for rung in rungs]
+    *sizes, gptq = [float(rung[22:32]) for rung in rungs]
     assert sizes == sorted(sizes)
+    assert gptq < sizes[1], "only the last layer's quantisation is the builder's, in four bits"
     assert merged.startswith("(merged)")
     assert "no rung holds; nothing was changed" in result.stderr
     assert project.config.read_bytes() == config

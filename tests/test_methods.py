@@ -270,3 +270,36 @@ def test_best_checkpoint_is_the_one_that_is_published(fresh: Sandbox) -> None:
     loss = next(check["numbers"]["adapter_loss"] for check in verdict["checks"] if check["name"] == "adapter")
     assert len(losses) == 6
     assert loss == pytest.approx(min(losses.values()), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eval_strategy": "no"}, "nothing is evaluated"),
+        ({"metric_for_best_model": "accuracy"}, "training measures the loss only"),
+    ],
+)
+def test_best_checkpoint_that_cannot_be_told(fresh: Sandbox, arguments: dict[str, str], message: str) -> None:
+    """A run that could not tell which checkpoint is best does not begin."""
+    fresh.edit(
+        lambda config: config["passes"]["lora"]["training_args"].update(load_best_model_at_end=True, **arguments)
+    )
+
+    result = fresh.run("train")
+
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+def test_evaluation_data_can_be_split_off_without_a_pass(untuned: Sandbox) -> None:
+    """What evaluation advises when there are no data for it works without a fine-tuning pass too."""
+    untuned.edit(lambda config: config["data_configs"].pop())
+    assert "--write-split" in untuned.run("evaluate").stderr
+
+    result = untuned.run("data", "--write-split", "0.1")
+
+    assert result.returncode == 0, result.stderr
+    assert [data["name"] for data in json.loads(untuned.config.read_text())["data_configs"]] == [
+        "train_data",
+        "eval_data",
+    ]

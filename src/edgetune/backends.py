@@ -255,7 +255,7 @@ def load_exported(folder: Path, *, where: str = "", hint: str = "run `edgetune e
         said = (str(error).splitlines() or [""])[0]
         if device == "cpu":
             raise failure(f"{folder} cannot be loaded: {said}", where=where, hint=hint) from error
-        hint = "run this on a machine that has one, with what setup/requirements.txt of a project for it installs"
+        hint = "run this on a machine that has one, with what setup/requirements.txt names installed"
         message = f"{folder} is made for {DEVICES[device]}, which cannot be used here: {said}"
         raise failure(message, where=where, hint=hint) from error
 

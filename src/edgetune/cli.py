@@ -410,7 +410,10 @@ def doctor(arguments: argparse.Namespace) -> None:
     elif project is None:
         _tell("no project here: only the machine was examined")
     if failed := [finding.name for finding in found if finding.state == "fail"]:
-        raise failure(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}", hint="do what stands there")
+        raise failure(
+            f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}",
+            hint="the line below each says what to do",
+        )
 
 
 def _print_finding(finding: "Finding") -> None:

@@ -15,6 +15,7 @@ from edgetune.schema import (
     PRECISIONS,
     Accelerator,
     DoRA,
+    Gptq,
     InputModel,
     LoadKwargs,
     LoRA,
@@ -40,6 +41,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "QLoRA": QLoRA,
     "DoRA": DoRA,
     "MergeAdapterWeights": MergeAdapterWeights,
+    "Gptq": Gptq,
     "ModelBuilder": ModelBuilder,
 }
 """Which keys are valid where, for suggestions."""
@@ -67,7 +69,11 @@ _SECRETS = {
 """What must not stand in a file that is committed."""
 
 _FINE_TUNING = ("LoRA", "QLoRA", "DoRA")
-_ORDERS = [["ModelBuilder"], *([tuning, "MergeAdapterWeights", "ModelBuilder"] for tuning in _FINE_TUNING)]
+_ORDERS = [
+    [*before, *gptq, "ModelBuilder"]
+    for before in ([], *([tuning, "MergeAdapterWeights"] for tuning in _FINE_TUNING))
+    for gptq in ([], ["Gptq"])
+]
 """The passes that the native engine runs, in the orders in which they make sense."""
 
 _OLIVE = "run with `--engine olive`"
@@ -113,7 +119,9 @@ def load_for_olive(project: Project) -> Workflow:
     cache, output = (str(source.data.get(key, "")) for key in ("cache_dir", "output_dir"))
     data = source.data.get("data_configs")
     data = [_data_for_olive(entry) for entry in data] if isinstance(data, list) else []
-    workflow = Workflow.model_construct(input_model=base, data_configs=data, cache_dir=cache, output_dir=output)
+    workflow = Workflow.model_construct(
+        input_model=base, data_configs=data, passes={}, cache_dir=cache, output_dir=output
+    )
     return workflow.located(source)
 
 
@@ -173,7 +181,7 @@ def _check_references(workflow: Workflow) -> list[Problem]:
     if order not in _ORDERS:
         hint = (
             f"use one of {', '.join(_FINE_TUNING)}, then MergeAdapterWeights and ModelBuilder; "
-            f"ModelBuilder alone, to export the base model; or {_OLIVE}"
+            f"ModelBuilder alone, to export the base model; Gptq right before ModelBuilder if you like; or {_OLIVE}"
         )
         return [Problem(f"the native engine does not run these passes: {order}", workflow.where("passes"), hint)]
     names = [data.name for data in workflow.data_configs]
@@ -187,6 +195,9 @@ def _check_references(workflow: Workflow) -> list[Problem]:
             (key, getattr(tuning, key), names, workflow.where_in_tuning(key))
             for key in ("train_data_config", "eval_data_config")
         ]
+    if workflow.gptq is not None:
+        where = workflow.where_in_pass("Gptq", "data_config")
+        used.append(("data_config", workflow.gptq.data_config, names, where))
     repeated = [
         Problem(f"two data sets are called {data.name!r}", workflow.where("data_configs", index, "name"), "rename one")
         for index, data in enumerate(workflow.data_configs)
@@ -220,9 +231,22 @@ def _check_export(workflow: Workflow) -> list[Problem]:
         message = f"the builder makes no {builder.precision} for {provider}"
         hint = f"for {provider} there is {', '.join(PRECISIONS[provider])}"
         problems.append(Problem(message, workflow.where_in_pass("ModelBuilder", "precision"), hint))
-    if builder.use_cuda_bf16 and provider != "CUDAExecutionProvider":
+    if builder.precision != "int4":
+        problems += [
+            Problem(
+                f"{key} has a meaning with precision int4 only, and this is {builder.precision}",
+                workflow.where_in_pass("ModelBuilder", key),
+                "remove it",
+            )
+            for key in sorted(builder.given)
+            if key.startswith("int4_") or key in ("use_qdq", "use_cuda_bf16")
+        ]
+    elif builder.use_cuda_bf16 and provider != "CUDAExecutionProvider":
         where = workflow.where_in_pass("ModelBuilder", "use_cuda_bf16")
         problems.append(Problem(f"use_cuda_bf16 has no meaning for {provider}", where, "remove it"))
+    if workflow.gptq and builder.precision != "int4":
+        where = workflow.where_in_pass("ModelBuilder", "precision")
+        problems.append(Problem(f"what Gptq makes is int4, not {builder.precision}", where, "write int4"))
     return problems
 
 

@@ -91,9 +91,12 @@ def _from_hub(job: Job, config: DataConfig, rows: Callable[[], Iterator[Row]]) -
 
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the token ids depend on. Raises EdgetuneError when a data file is missing."""
-    files = {
-        role: files_of(config.load_dataset_config, job.project.config_folder) for role, config in data_sets(job).items()
-    }
+    return content(job, data_sets(job)) | {"tokenizer": digests(job, weights=False)}
+
+
+def content(job: Job, configs: dict[str, DataConfig]) -> dict[str, Any]:
+    """Return what the rows of data sets and their text depend on. Raises EdgetuneError when a data file is missing."""
+    files = {role: files_of(config.load_dataset_config, job.project.config_folder) for role, config in configs.items()}
     problems = [
         Problem(
             f"the data file {job.project.name(path)} {'is a folder' if path.is_dir() else 'does not exist'}",
@@ -102,7 +105,7 @@ def inputs(job: Job) -> dict[str, Any]:
             if path.is_dir()
             else f"put it there, or correct data_files of {config.name!r}",
         )
-        for role, config in data_sets(job).items()
+        for role, config in configs.items()
         for path in files[role]
         if not path.is_file() and not config.load_dataset_config.is_hub
     ]
@@ -111,10 +114,9 @@ def inputs(job: Job) -> dict[str, Any]:
     return {
         "files": {
             role: [] if config.load_dataset_config.is_hub else [job.hashes[path] for path in files[role]]
-            for role, config in data_sets(job).items()
+            for role, config in configs.items()
         },
-        "config": {role: _dump(config) for role, config in data_sets(job).items()},
-        "tokenizer": digests(job, weights=False),
+        "config": {role: _dump(config) for role, config in configs.items()},
     }
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgetune import architectures
+from edgetune import architectures, gptq
 from edgetune.backends import GENAI_CONFIG, load_exported
 from edgetune.download import digests
 from edgetune.errors import failure, missing_extra
@@ -24,6 +24,7 @@ def inputs(job: Job) -> dict[str, Any]:
         **(_merged(job) if job.workflow.tuning else {"base": digests(job, weights=True)}),
         "pass": job.workflow.builder.model_dump(exclude_none=True),
         "provider": job.workflow.provider,
+        **gptq.inputs(job),
     }
 
 
@@ -36,7 +37,10 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     source = source_folder(job)
     builder = job.workflow.builder
     device = _BUILDERS_NAMES[job.workflow.provider]
-    run_builder(job, source, folder, builder.precision, builder.builder_options() | {"execution_provider": device})
+    if step := job.workflow.gptq:
+        gptq.build(job, step, source, folder)
+    else:
+        run_builder(job, source, folder, builder.precision, builder.builder_options() | {"execution_provider": device})
     config_path = folder / GENAI_CONFIG
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["search"] |= _search_options(job, config["model"]["context_length"])
@@ -45,9 +49,8 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     _check_it_loads(job, folder)
     size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
-    job.progress.say(
-        f"{builder.precision} for {device}, {size / 1e6:.1f} MB, max_length {config['search']['max_length']}"
-    )
+    made = f"{builder.precision}{' by Gptq' if step else ''} for {device}, {size / 1e6:.1f} MB"
+    job.progress.say(f"{made}, max_length {config['search']['max_length']}")
     return {"bytes": size, "max_length": config["search"]["max_length"]}
 
 

@@ -35,6 +35,9 @@ FLAVOURS = {
 }
 """Packages that install into the same folder, and what each is for: of these, the last one installed wins."""
 
+DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "directml"}
+"""What an execution provider is for."""
+
 
 @dataclass
 class Packages:

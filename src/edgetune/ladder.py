@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune import config, export, verify
+from edgetune import config, export, olive_process, verify
 from edgetune.backends import OnnxBackend
 from edgetune.checks.answers import quantisation
-from edgetune.errors import GateError, Problem
+from edgetune.errors import GateError, Problem, failure
 from edgetune.evaluate import speed
 from edgetune.examples import Example, examined_set, examples, has_labels
 from edgetune.generation import Answer
 from edgetune.project import Project
 from edgetune.schema import Workflow
-from edgetune.source import JsonSource, write_edits
+from edgetune.source import Edit, JsonSource, write_edits
 from edgetune.stages import Job, partial_folder, read_json, run_lock
+
+_CALIBRATION, _CALIBRATION_ROWS = "calibration_data", 128
+_BLOCK = 32  # the builder's own
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Rung:
 
     name: str
     settings: dict[str, Any]
+    gptq: bool = False
+    """Whether a Gptq pass goes before that pass."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Measured:
 
 
 def rungs(job: Job) -> Iterator[Rung]:
-    """Yield what is tried, smallest first."""
+    """Yield what is tried: smallest first, and at last what takes long to make and more than the builder."""
     given = job.workflow.builder.int4_algo_config
     plain = "default" if given else None
     if (read_json(export.source_folder(job) / "config.json") or {}).get("tie_word_embeddings"):
@@ -63,9 +68,12 @@ def rungs(job: Job) -> Iterator[Rung]:
     int4: dict[str, Any] = {"precision": "int4"}
     if job.workflow.builder.int4_is_symmetric is False:  # of an earlier climb, or larger than need be
         int4 |= {"int4_is_symmetric": True}
-    yield Rung("int4", int4 | ({"int4_algo_config": plain} if plain else {}))
+    settings = int4 | ({"int4_algo_config": plain} if plain else {})
+    yield Rung("int4", settings)
     yield Rung("int4, last layer int8", int4 | {"int4_algo_config": "rtn_last"})
     yield Rung("k_quant_mixed", int4 | {"int4_algo_config": "k_quant_mixed", "int4_is_symmetric": False})
+    if olive_process.is_installed():
+        yield Rung("Gptq", settings, gptq=True)
 
 
 def climb(job: Job, wanted: Wanted) -> list[Measured]:
@@ -74,11 +82,16 @@ def climb(job: Job, wanted: Wanted) -> list[Measured]:
     The merged model must be up to date. Without a rung that holds, the last one measured has faults and nothing has
     changed. Raises EdgetuneError when a rung cannot be built, or the file has settings that no rung goes with.
     """
+    if job.workflow.gptq:
+        where, hint = job.workflow.where_in_pass("Gptq"), "remove the pass to start from the first rung again"
+        raise failure("the workflow has a Gptq pass, which is the last rung of the ladder", where=where, hint=hint)
     work, found = partial_folder(job.project.results / "ladder"), list[Measured]()
     file = job.project.config.resolve()  # a link stays one
     candidate = file.with_name(file.name + ".tmp")
     with run_lock(job.project), job.progress.running("ladder", job.project.log("ladder")):
         try:
+            if not olive_process.is_installed():
+                job.progress.say("Gptq is not tried: Olive is not installed (edgetune's extra olive)")
             rows = examples(job, examined_set(job), verify.settled(job, work, verify.Limits()).rows)
             trials = _Trials(rows, work, wanted)
             for rung in rungs(job):
@@ -107,8 +120,23 @@ def with_settings(project: Project, rung: Rung, file: Path, candidate: Path) -> 
             edits.append(source.adding_after(("passes", name, "precision"), (key, value)))
         elif step[key] != value:
             edits.append(source.replacing(("passes", name, key), value))
+    if rung.gptq:
+        edits += _with_gptq(config.load(project), source, name)
     write_edits(source, edits, file, candidate)
     return config.load(project, candidate)
+
+
+def _with_gptq(workflow: Workflow, source: JsonSource, builder: str) -> list[Edit]:
+    """Return the edits that put a Gptq pass before the builder's, and the data it looks at behind the others."""
+    step = {"type": "Gptq", "group_size": workflow.builder.int4_block_size or _BLOCK, "data_config": _CALIBRATION}
+    edits = [source.adding_before(("passes", builder), ("gptq", step))]
+    if _CALIBRATION not in (data.name for data in workflow.data_configs):
+        given = source.data["data_configs"][workflow.data_configs.index(workflow.train_data)]
+        rows = min(workflow.train_data.pre_process_data_config.max_samples or _CALIBRATION_ROWS, _CALIBRATION_ROWS)
+        some = given["pre_process_data_config"] | {"max_samples": rows}
+        last = ("data_configs", len(workflow.data_configs) - 1)
+        edits.append(source.adding_after(last, given | {"name": _CALIBRATION, "pre_process_data_config": some}))
+    return edits
 
 
 @dataclass
@@ -170,6 +198,5 @@ def refusal(job: Job, found: Sequence[Measured]) -> GateError | None:
     if not found[-1].faults:
         return None
     where = job.workflow.where_in_pass("ModelBuilder")
-    problems = [Problem(f"{one.rung}: {'; '.join(one.faults)}", where) for one in found]
     hint = "allow more with --max-drop or --max-ms-per-token, or choose another precision in the ModelBuilder pass"
-    return GateError([*problems, Problem("no rung holds; nothing was changed", where, hint)])
+    return GateError([Problem("no rung holds; nothing was changed", where, hint)])

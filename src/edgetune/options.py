@@ -72,7 +72,8 @@ def _of_export(command: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=_drop,
         metavar="P",
-        help="it may cost P points of accuracy (default: 2), or P per cent of perplexity (default: 5)",
+        help="it may cost P points of accuracy (default: 2), or P per cent of perplexity (default: 5); "
+        "more if that is noise",
     )
     ladder.add_argument(
         "--max-ms-per-token", type=_milliseconds, metavar="T", help="a token of an answer may take T ms here"
@@ -86,7 +87,8 @@ def _of_verify(command: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=_drop,
         metavar="X",
-        help="let int4 cost up to X points of accuracy (default: 2), or X per cent of perplexity (default: 5)",
+        help="let int4 cost up to X points of accuracy (default: 2), or X per cent of perplexity (default: 5); "
+        "more if that is noise",
     )
     command.add_argument("--json", action="store_true", help="print what was found as JSON")
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rich.filesize import decimal
 
-from edgetune import estimate, machine
+from edgetune import estimate, installed, machine
 from edgetune.base_model import read_config
 from edgetune.errors import Problem, refuse
 from edgetune.estimate import Dtype, Plan, Shape
@@ -114,7 +114,8 @@ def check(job: Job, steps: Sequence[str]) -> None:
         plan = replace(plan, dtype=decided.dtype, checkpointing=decided.gradient_checkpointing)
         reasons = decided.reasons if "train" in steps else ()
     available, free = limit(), machine.disk_free(job.project.results)
-    refuse([*_memory_problems(job, plan, steps, available, _CLEARLY), *_disk_problems(job, plan, steps, free)])
+    problems = [*_memory_problems(job, plan, steps, available, _CLEARLY), *_disk_problems(job, plan, steps, free)]
+    refuse([*problems, *(_device_problems(job) if {"train", "export"} <= {*steps} else ())])
     job.progress.say(f"preflight {_summary(plan, steps)}")
     for reason in reasons:
         job.progress.say(f"preflight {reason}")
@@ -214,6 +215,19 @@ def _where(job: Job, step: str) -> str:
     return job.workflow.where("input_model", "model_path")
 
 
+def _device_problems(job: Job) -> list[Problem]:
+    """Return whether the exported model could not be loaded here, which would show after training only."""
+    provider = job.workflow.provider
+    device = installed.DEVICES[provider]
+    if device == "cpu" or device in installed.flavours()["onnxruntime-genai"].values():
+        return []
+    hint = (
+        "install what setup/requirements.txt names for it, or `edgetune train` here and do the rest where there is one"
+    )
+    message = f"the model is for {provider}, and onnxruntime-genai for it is not installed"
+    return [Problem(message, job.workflow.where("systems"), hint)]
+
+
 def _disk_problems(job: Job, plan: Plan, steps: Sequence[str], free: int) -> list[Problem]:
     needed = _disk(plan, steps)
     if needed <= free:
@@ -234,7 +248,7 @@ def _summary(plan: Plan, steps: Sequence[str]) -> str:
     rate = machine.cores() * estimate.gflops(plan.dtype, machine.cpu_features() or ())
     times = estimate.seconds(plan, rate)
     time = _duration(sum(times.get(step, 0) for step in steps))
-    return f"about {', '.join(parts)}{total}; {_size(_disk(plan, steps))} of disk; {time}"
+    return f"about {', '.join(parts)}{total}; {_size(_disk(plan, steps))} of disk; {time} to train and export"
 
 
 def _duration(seconds: float) -> str:

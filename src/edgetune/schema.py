@@ -179,6 +179,13 @@ class _FineTuning(Strict):
     eval_data_config: str | None = None
     training_args: TrainingArguments = TrainingArguments()  # type: ignore[valid-type]
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _are_names(cls, value: Any) -> Any:
+        if isinstance(value, str) or value == ["all-linear"]:
+            raise ValueError('the layers are named one by one here, as in ["q_proj", "v_proj"]')
+        return value
+
 
 class LoRA(_FineTuning):
     """Olive's LoRA pass."""
@@ -211,6 +218,18 @@ class MergeAdapterWeights(Strict):
     type: Literal["MergeAdapterWeights"]
 
 
+class Gptq(Strict):
+    """Olive's pass that quantises each column of a matrix so that the next ones make up for its error."""
+
+    type: Literal["Gptq"]
+    bits: Literal[4] = 4
+    group_size: Literal[16, 32, 64, 128, 256] = 128
+    sym: bool = False
+    lm_head: bool = False
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    data_config: str
+
+
 class ModelBuilder(Strict):
     """Olive's pass around onnxruntime-genai's model builder."""
 
@@ -237,10 +256,7 @@ class ModelBuilder(Strict):
 
     @model_validator(mode="after")
     def _has_no_key_that_the_builder_ignores(self) -> Self:
-        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
-        of_int4 = {"use_qdq", "use_cuda_bf16", *(name for name in given if name.startswith("int4_"))}
-        if self.precision != "int4" and (ignored := sorted(given & of_int4)):
-            raise WrongKeyError(ignored[0], f"has a meaning with precision int4 only, and this is {self.precision}")
+        given = self.given
         algorithm = self.int4_algo_config or "default"
         if algorithm != "default" and (ignored := sorted(given & {"int4_op_types_to_quantize", "use_qdq"})):
             raise WrongKeyError(ignored[0], f"is read with int4_algo_config default only, and this is {algorithm}")
@@ -249,12 +265,17 @@ class ModelBuilder(Strict):
             raise WrongKeyError("int4_is_symmetric", f"must be false beside {algorithm}, which is not symmetric")
         return self
 
+    @property
+    def given(self) -> set[str]:
+        """The keys that are in the file."""
+        return {name for name in self.model_fields_set if getattr(self, name) is not None}
+
     def builder_options(self) -> dict[str, Any]:
         """Return the options as ``create_model`` of the builder names them."""
         return self.model_dump(exclude={"type", "precision", "search"}, exclude_none=True)
 
 
-Pass = Annotated[FineTuning | MergeAdapterWeights | ModelBuilder, Field(discriminator="type")]
+Pass = Annotated[FineTuning | MergeAdapterWeights | Gptq | ModelBuilder, Field(discriminator="type")]
 
 
 class Workflow(Strict):
@@ -305,6 +326,16 @@ class Workflow(Strict):
         return next((p for p in self.passes.values() if isinstance(p, FineTuning)), None)
 
     @property
+    def gptq(self) -> Gptq | None:
+        """The pass that quantises what is exported; None where the builder does that itself."""
+        return next((p for p in self.passes.values() if isinstance(p, Gptq)), None)
+
+    @property
+    def calibration_data(self) -> DataConfig | None:
+        """The data that Gptq looks at."""
+        return None if self.gptq is None else self._data(self.gptq.data_config)
+
+    @property
     def builder(self) -> ModelBuilder:
         """The export pass."""
         return next(p for p in self.passes.values() if isinstance(p, ModelBuilder))
@@ -323,7 +354,7 @@ class Workflow(Strict):
     def eval_data(self) -> DataConfig | None:
         """The data the models are evaluated on, if the pass names any; without a pass, the second in the file."""
         if self.tuning is None:
-            return next(iter(self.data_configs[1:]), None)
+            return next((data for data in self.data_configs[1:] if data is not self.calibration_data), None)
         name = self.tuning.eval_data_config
         return None if name is None else self._data(name)
 

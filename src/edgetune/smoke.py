@@ -146,7 +146,7 @@ def _from_file(config: DataConfig, files: dict[str, Path], start: Path) -> DataC
 
 def _training_arguments(workflow: Workflow) -> Any:
     """Return the arguments of the training pass; None when nothing is trained."""
-    return workflow.tuning.training_args if workflow.tuning else None  # type: ignore[attr-defined]
+    return workflow.tuning.training_args if workflow.tuning else None
 
 
 def _two_steps(tuning: Any) -> Any:

@@ -33,6 +33,7 @@ class _Walker:
         self.text = text
         self.lines: dict[Location, int] = {}
         self.spans: dict[Location, tuple[int, int]] = {}
+        self.keys: dict[Location, int] = {}
         self.newlines = [at for at, character in enumerate(text) if character == "\n"]
         self.duplicates: list[tuple[str, int]] = []
         self.decoder = json.JSONDecoder()
@@ -60,11 +61,11 @@ class _Walker:
 
     def members(self, at: int, location: Location) -> int:
         while self.text[at := self.skip(at)] != "}":
-            line = self.line(at)
+            line, start = self.line(at), at
             key, at = self.decoder.raw_decode(self.text, at)
             if (*location, key) in self.lines:
                 self.duplicates.append((key, line))
-            self.lines[(*location, key)] = line
+            self.lines[(*location, key)], self.keys[(*location, key)] = line, start
             at = self.value(at, (*location, key))
         return at + 1
 
@@ -100,7 +101,7 @@ class JsonSource:
             ) from None
         except (ValueError, RecursionError) as error:
             raise failure(f"not usable JSON: {error}", where=f"{name}:1") from None
-        self.text, self.spans, self.lines = text, walker.spans, walker.lines
+        self.text, self.spans, self.keys, self.lines = text, walker.spans, walker.keys, walker.lines
         self.duplicates = walker.duplicates
 
     def where(self, *location: str | int) -> str:
@@ -129,6 +130,12 @@ class JsonSource:
             name, value = value
             key = f"{json.dumps(name)}: "
         return Edit(end, end, f",\n{self._indent(start)}{key}{self._written(value, start)}")
+
+    def adding_before(self, location: Location, member: tuple[str, Any]) -> "Edit":
+        """Return the edit that adds a member before the one at ``location``."""
+        key, value = member
+        at = self.keys[location]
+        return Edit(at, at, f"{json.dumps(key)}: {self._written(value, at)},\n{self._indent(at)}")
 
     def edited(self, edits: "list[Edit]") -> str:
         """Return the document with the edits made; all else stays as it is, layout included."""

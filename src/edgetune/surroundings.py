@@ -25,8 +25,7 @@ State = Literal["ok", "warn", "fail"]
 GATED = ("meta-llama/", "google/gemma-")
 """How the ids of well-known gated models begin."""
 
-_EXTRAS = {"LoRA": "train", "DoRA": "train", "QLoRA": "qlora", "MergeAdapterWeights": "train"}
-_PROVIDERS = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "directml"}
+_EXTRAS = {"LoRA": "train", "DoRA": "train", "QLoRA": "qlora", "MergeAdapterWeights": "train", "Gptq": "olive"}
 SETUP = "run `python -m pip install -r setup/requirements.txt` in this environment"
 _INSTRUCTIONS = {
     "AVX2": ("avx2", "AVX2"),
@@ -66,7 +65,7 @@ class Needs:
         self.passes = _texts(raw.get("passes"), "type")
         self.dtypes = _texts(raw.get("passes"), "torch_dtype")
         providers = _texts(raw.get("systems"), "execution_providers")
-        self.device = next((_PROVIDERS[name] for name in providers if name in _PROVIDERS), "cpu")
+        self.device = next((installed.DEVICES[name] for name in providers if name in installed.DEVICES), "cpu")
         export = "export" if self.device == "cpu" else f"export-{self.device}"
         used = {_EXTRAS[kind] for kind in self.passes if kind in _EXTRAS} if self.passes else {"train"}
         self.extras = used | {export}
@@ -159,12 +158,15 @@ def _packages(needs: Needs) -> Finding:
     return Finding("packages", "ok", f"{len(found.right)} packages in the tested versions ({extras})")
 
 
+def _remedy(*packages: str) -> str:
+    return f"`pip uninstall -y {' '.join(packages)}`, then {SETUP}"
+
+
 def _onnxruntime(needs: Needs) -> Finding:
     name, families = "onnxruntime", installed.flavours()
     for members in families.values():
         if len(members) > 1:
-            remedy = f"`pip uninstall -y {' '.join(members)}`, then {SETUP}"
-            return Finding(name, "fail", f"{' and '.join(members)} overwrite each other", remedy)
+            return Finding(name, "fail", f"{' and '.join(members)} overwrite each other", _remedy(*members))
     found = {family: next(iter(members.items()), None) for family, members in families.items()}
     runtime, genai = found["onnxruntime"], found["onnxruntime-genai"]
     if runtime is None or genai is None:
@@ -172,11 +174,10 @@ def _onnxruntime(needs: Needs) -> Finding:
         return Finding(name, "fail" if needs.project else "warn", f"{missing} not installed", SETUP)
     both = ", ".join(f"{flavour} {installed.installed_version(flavour)}" for flavour, _ in (runtime, genai))
     if runtime[1] != genai[1]:
-        remedy = f"`pip uninstall -y {runtime[0]} {genai[0]}`, then {SETUP}"
-        return Finding(name, "fail", f"{both} do not belong together", remedy)
+        return Finding(name, "fail", f"{both} do not belong together", _remedy(runtime[0], genai[0]))
     if needs.device not in ("cpu", genai[1]):
         summary = f"{both}: these are for {genai[1]}, the workflow file exports for {needs.device}"
-        return Finding(name, "fail", summary, "name the packages for it in setup/requirements.txt instead")
+        return Finding(name, "fail", summary, _remedy(runtime[0], genai[0]))
     return Finding(name, "ok", f"{both}, one flavour of each")
 
 

@@ -226,6 +226,12 @@ def _save_when_evaluated(job: Job, given: dict[str, Any]) -> dict[str, Any]:
         raise failure(
             "load_best_model_at_end: there are no evaluation data to tell which is best", where=where, hint=hint
         )
+    if given["eval_strategy"] == "no":
+        where = job.workflow.where_in_tuning("training_args", "eval_strategy")
+        raise failure("load_best_model_at_end: nothing is evaluated", where=where, hint='set "epoch" or "steps"')
+    if given.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
+        where = job.workflow.where_in_tuning("training_args", "metric_for_best_model")
+        raise failure("metric_for_best_model: training measures the loss only", where=where, hint='write "loss"')
     steps = given.get("eval_steps", given.get("logging_steps", _LOGGING_STEPS))
     return {"save_strategy": given["eval_strategy"], "save_steps": steps} | given
 

@@ -45,6 +45,8 @@ _LOGIT_TOLERANCE = 1e-3
 _ENDED = 0.99
 _ROWS_FOR_A_TEST = 6  # with fewer, the paired tests never come below 0.05, whatever the models say
 _NAMED = 3  # tensors
+_WORDS = {True: "passed", False: "FAILED", None: "n/a"}
+_FEW_STEPS = 10
 _LEARNED, _MERGED = "the adapter learned", "the merge is exact"
 _NO_TUNING = "the workflow has no fine-tuning pass"
 
@@ -116,7 +118,7 @@ def verify(job: Job, model: Path, limits: Limits, damage: Sequence[str] = (), *,
     elif verdict["passed"]:
         job.progress.skip("verify")
         for check in verdict["checks"] if repeat else ():
-            job.progress.say(f"{'verify':<9} passed: {check['title']}: {check['summary']}")
+            job.progress.say(f"{'verify':<9} {_WORDS[check['passed']]}: {check['title']}: {check['summary']}")
     if not verdict["passed"]:
         raise _refusal(job, verdict)
 
@@ -135,9 +137,7 @@ def examine(
     damage = damage or changed_files(job, [*steps, model])
     for found in [_files(damage)] if damage else _checks(job, model, limits):
         check = judge(found) if judge else found
-        job.progress.say(
-            f"{ {True: 'passed', False: 'FAILED', None: 'n/a'}[check.passed] }: {check.title}: {check.summary}"
-        )
+        job.progress.say(f"{_WORDS[check.passed]}: {check.title}: {check.summary}")
         checks.append(check)
     passed = all(check.passed is not False for check in checks)
     export_key = str((read_manifest(model) or {}).get("key"))
@@ -233,7 +233,7 @@ def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
     else:
         merge = compare_weights(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
         losses = adapter_losses(job, rows)
-        yield _learned(merge, losses, role)
+        yield _learned(job, merge, losses, role)
         found = quantisation(job, model, rows, losses.logits)
         yield _merged(job, merge, losses, found)
     work = partial_folder(job.project.results / "verify")
@@ -242,7 +242,7 @@ def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
     yield stopping(job, model, found, rows)
 
 
-def _learned(merge: MergeFindings, losses: Losses, role: str) -> Check:
+def _learned(job: Job, merge: MergeFindings, losses: Losses, role: str) -> Check:
     summary = (
         f"loss on completions of the {role} data {losses.base:.4f} → {losses.adapter:.4f}; "
         f"{merge.matrices - merge.zero} of {merge.matrices} matrices hold values"
@@ -250,6 +250,9 @@ def _learned(merge: MergeFindings, losses: Losses, role: str) -> Check:
     cause = "the adapter holds next to nothing: raise learning_rate or num_train_epochs"
     if not merge.zero:
         cause = "training made it worse: lower learning_rate, and look at the loss in gen-model/adapter/loss.json"
+    steps = (read_manifest(job.project.stage_folder("train")) or {"metrics": {}})["metrics"].get("steps")
+    if steps is not None and steps < _FEW_STEPS:
+        cause = f"there were {steps} steps of training: raise num_train_epochs, or lower the rows of a step"
     passed = merge.matrices > 0 == merge.zero and losses.adapter < losses.base
     numbers = {"base_loss": losses.base, "adapter_loss": losses.adapter, "zero_matrices": merge.zero}
     return Check("adapter", _LEARNED, passed, summary, "" if passed else cause, numbers)
