@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -289,7 +290,7 @@ def test_bfloat16_without_instructions_for_it_is_told(fresh: Sandbox, examine: E
 
 def test_colours_are_for_terminals(fresh: Sandbox) -> None:
     """On a terminal states are coloured; NO_COLOR is obeyed."""
-    command = f"{sys.executable} -m edgetune doctor"
+    command = shlex.join([sys.executable, "-m", "edgetune", "doctor"])
 
     def on_a_terminal(**environment: str) -> str:
         environment |= OFFLINE | {"TERM": "xterm"}

@@ -108,6 +108,7 @@ def test_a_device_that_is_not_the_providers(fresh: Sandbox) -> None:
     assert line(fresh, problem) == '"device": "cpu",'
 
 
+@pytest.mark.slow
 def test_fp32_for_the_cpu(project: Sandbox) -> None:
     """A float export answers, and is as large as its weights."""
     ask_for(project, "CPUExecutionProvider", precision="fp32")

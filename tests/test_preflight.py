@@ -178,6 +178,7 @@ def test_base_model_that_cannot_fit_is_refused_before_its_weights(fresh: Sandbox
     assert fetching.returncode == 0, fetching.stderr
 
 
+@pytest.mark.slow
 def test_open_settings_are_chosen_told_and_recorded(fresh: Sandbox) -> None:
     """Without torch_dtype and gradient_checkpointing the run says what it took; later steps read it from there."""
 

@@ -123,8 +123,9 @@ def write_metrics(project: Sandbox, **changed: Any) -> None:
         "labels": LABELS[:-1],
         "backends": {"base": backend(0), "merged": backend(236), "onnx": backend(236)},
         "comparisons": [{"from": "base", "to": "merged", **pair, "p": 1e-70, "verdict": "better"}],
+        "exported_from": "merged",
         "flipped": [
-            {"where": "datasets/eval.jsonl:12", "question": NASTY, "expected": NASTY, "merged": NASTY, "onnx": "joy"}
+            {"where": "datasets/eval.jsonl:12", "question": NASTY, "expected": NASTY, "before": NASTY, "onnx": "joy"}
         ],
         "versions": {"python": "3.11.2"},
     }

@@ -99,7 +99,8 @@ class Results:
         folders = (*judged, project.stage_folder("verify"), project.stage_folder("export"))
         exported = next((manifest for folder in folders if (manifest := read_manifest(folder))), None)
         metrics, key = read_json(project.metrics), (exported or {}).get("key")
-        is_current = metrics is not None and metrics.get("export_key", key) == key
+        # A file of an earlier version may say less.
+        is_current = metrics is not None and metrics.get("export_key", key) == key and "exported_from" in metrics
         return cls(manifests | {"export": exported}, verdict, metrics if is_current else None)
 
     @property

@@ -80,6 +80,7 @@ _ONLY_TIME_AND_LOGS = {
 def build(job: Job, folder: Path) -> dict[str, Any]:
     """Train and save the adapter into ``folder``. Raises EdgetuneError for a configuration that cannot work."""
     check_target_modules(job)
+    _check_best_checkpoint(job)
     trackers.check(job)
     job.progress.advance(0, 1, "loading torch and the base model")
     try:
@@ -198,7 +199,7 @@ def _training_arguments(job: Job, output: Path, settings: preflight.Settings) ->
     if job.workflow.eval_data is None:
         given["eval_strategy"] = "no"
     if given.get("load_best_model_at_end"):
-        given |= _save_when_evaluated(job, given)
+        given |= _save_when_evaluated(given)
     # Checkpoints are for resuming after an interruption: a share of the run, whatever its length.
     given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
     given.setdefault("save_total_limit", 2)
@@ -218,20 +219,26 @@ def _training_arguments(job: Job, output: Path, settings: preflight.Settings) ->
         )
 
 
-def _save_when_evaluated(job: Job, given: dict[str, Any]) -> dict[str, Any]:
-    """Return when to save so that the best checkpoint can be gone back to, unless the file says when."""
+def _check_best_checkpoint(job: Job) -> None:
+    """Raise EdgetuneError when nothing could tell which checkpoint is the best."""
+    given = fine_tuning(job).training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    if not given.get("load_best_model_at_end"):
+        return
+    problem = None
     if job.workflow.eval_data is None:
-        where = job.workflow.where_in_tuning("training_args", "load_best_model_at_end")
         hint = "`edgetune data --write-split 0.1` sets some rows aside; name them in eval_data_config"
-        raise failure(
-            "load_best_model_at_end: there are no evaluation data to tell which is best", where=where, hint=hint
-        )
-    if given["eval_strategy"] == "no":
-        where = job.workflow.where_in_tuning("training_args", "eval_strategy")
-        raise failure("load_best_model_at_end: nothing is evaluated", where=where, hint='set "epoch" or "steps"')
-    if given.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
-        where = job.workflow.where_in_tuning("training_args", "metric_for_best_model")
-        raise failure("metric_for_best_model: training measures the loss only", where=where, hint='write "loss"')
+        problem = "load_best_model_at_end", "there are no evaluation data to tell which is best", hint
+    elif given.get("eval_strategy") == "no":
+        problem = "load_best_model_at_end", "nothing is evaluated", 'set eval_strategy to "epoch" or "steps"'
+    elif given.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
+        problem = "metric_for_best_model", "training measures the loss only", 'write "loss"'
+    if problem:
+        key, what, hint = problem
+        raise failure(f"{key}: {what}", where=job.workflow.where_in_tuning("training_args", key), hint=hint)
+
+
+def _save_when_evaluated(given: dict[str, Any]) -> dict[str, Any]:
+    """Return when to save so that the best checkpoint can be gone back to, unless the file says when."""
     steps = given.get("eval_steps", given.get("logging_steps", _LOGGING_STEPS))
     return {"save_strategy": given["eval_strategy"], "save_steps": steps} | given
 
