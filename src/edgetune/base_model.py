@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from edgetune import machine
 from edgetune.architectures import EXPORTABLE, NEEDS_REMOTE_CODE, refusal
 from edgetune.errors import EdgetuneError, Problem
 from edgetune.prompt import load_tokenizer
@@ -143,10 +143,7 @@ def unused_code(job: Job, folder: Path) -> bool:
 
 def space_problems(job: Job, needed: int) -> list[Problem]:
     """Return whether the disk lacks room for this many bytes more."""
-    folder = job.base_folder
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = machine.disk_free(job.base_folder)
     if needed <= free:
         return []
     hint = f"free some space, or make {job.project.name(job.project.model_cache)} a link to a larger disk"

@@ -50,7 +50,9 @@ def run(job: Job) -> dict[str, Any]:
     workflow.run(trial, "export")
     with run_lock(job.project):
         _verify(trial)
-        record = {"key": key, **_found(trial), "full": _full_run(job, trial), "versions": versions()}
+        found = _found(trial)
+        full = _full_run(job, trial, found["seconds"])
+        record = {"key": key, **found, "full": full, "versions": versions()}
         write_json(job.project.smoke_record, record)
         _remove_results(trial)
     return record
@@ -216,9 +218,9 @@ def _folder(trial: Job, stage: str) -> Path:
     return trial.project.stage_folder("verify" if stage == "export" else stage)  # verify has moved it on
 
 
-def _full_run(job: Job, trial: Job) -> dict[str, Any]:
+def _full_run(job: Job, trial: Job, seconds: dict[str, float]) -> dict[str, Any]:
     """Return what a full run would take: each step of training as long as here for each token of its rows."""
-    arguments, seconds = _training_arguments(job.workflow), _found(trial)["seconds"]
+    arguments = _training_arguments(job.workflow)
     rest = sum(seconds.get(stage, 0.0) for stage in ("train", "merge", "export"))
     if arguments is None:
         return {

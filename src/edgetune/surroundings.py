@@ -25,7 +25,7 @@ State = Literal["ok", "warn", "fail"]
 GATED = ("meta-llama/", "google/gemma-")
 """How the ids of well-known gated models begin."""
 
-_EXTRAS = {"LoRA": "train", "DoRA": "train", "QLoRA": "qlora", "MergeAdapterWeights": "train", "Gptq": "olive"}
+_EXTRAS = {"LoRA": "train", "DoRA": "train", "QLoRA": "qlora", "Gptq": "olive"}
 SETUP = "run `python -m pip install -r setup/requirements.txt` in this environment"
 _INSTRUCTIONS = {
     "AVX2": ("avx2", "AVX2"),
