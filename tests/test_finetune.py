@@ -233,7 +233,7 @@ def test_half_written_checkpoint_is_skipped(project: Sandbox) -> None:
     """A checkpoint with a truncated file is passed over for the one before it."""
     shorten(project, 14)
     checkpoints = kill_in_training(project)
-    newest = max(checkpoints.iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+    newest = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     weights = newest / "adapter_model.safetensors"
     if weights.exists():
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -257,7 +257,7 @@ def test_interrupt_ends_with_130_and_keeps_results(project: Sandbox) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_until(process, lambda: any((project.root / "gen-model/adapter.partial").glob("checkpoints/*")))
+        wait_until(process, lambda: any((project.root / "gen-model/adapter.partial").glob("checkpoints/checkpoint-*")))
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
 

@@ -101,7 +101,7 @@ def test_no_rung_holds(project: Sandbox) -> None:
     *sizes, gptq = [float(rung[22:32]) for rung in rungs]
     assert sizes == sorted(sizes)
     assert gptq < sizes[1], "only the last layer's quantisation is the builder's, in four bits"
-    assert merged.startswith("(merged)")
+    assert merged.startswith("(before the export)")
     assert "no rung holds; nothing was changed" in result.stderr
     assert project.config.read_bytes() == config
     assert project.results() == results
