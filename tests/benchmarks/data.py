@@ -7,17 +7,15 @@ only); it checks nothing. Both start from the same CSV file in processes of thei
 import argparse
 import csv
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from common import REPOSITORY, measured
 from copier import run_copy
 
-REPOSITORY = Path(__file__).parents[2]
 WORDS = ("the", "market", "rain", "a", "letter", "from", "my", "sister", "came", "late", "again", "and", "we", "waited")
 PEER = """
 import sys
@@ -74,17 +72,6 @@ def configure(project: Path, rows: int) -> tuple[str, Path]:
     config["data_configs"][0]["load_dataset_config"] |= {"data_name": "csv", "data_files": "../datasets/rows.csv"}
     path.write_text(json.dumps(config), encoding="utf-8")
     return config["data_configs"][0]["pre_process_data_config"]["text_template"], file
-
-
-def measured(command: list[str], folder: Path) -> tuple[float, float]:
-    """Return wall seconds and peak memory in MB of a process. Raises CalledProcessError when it fails."""
-    started = time.monotonic()
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return time.monotonic() - started, usage.ru_maxrss / 1024
 
 
 if __name__ == "__main__":
