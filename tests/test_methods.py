@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from conftest import Sandbox
 from edgetune.checks.merge import compare_weights
-from edgetune.merge import Update
+from edgetune.merge import Update, write_merged
 from edgetune.quantised import Quantisation
-from edgetune.stages import read_manifest
+from edgetune.stages import read_manifest, sha256
 
 STEPS = {
     "qlora": ["download", "data", "train", "merge", "export", "verify"],
@@ -149,6 +151,99 @@ def test_merging_is_what_peft_does(seed: int, dtype: torch.dtype, dora: bool) ->
     torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
 
 
+def through_four_bits(weight: torch.Tensor, quantisation: Quantisation) -> torch.Tensor:
+    """Return a weight as bitsandbytes gives it back, the whole matrix at once."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight.to(getattr(torch, quantisation.dtype)),
+        quant_type=quantisation.quant_type,
+        compress_statistics=quantisation.double_quant,
+    )
+    result: torch.Tensor = functional.dequantize_4bit(packed, state)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "QLoRA", "QLoRA twice"])
+def test_merging_some_rows_at_a_time(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
+    """It gives what the whole matrices give, in the base model's files; what has no adapter keeps its bytes."""
+    torch.manual_seed(0)
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    for folder in (base, adapter, merged):
+        folder.mkdir()
+    shapes = {"a": (2100, 640), "b": (130, 66)}  # the first takes more than one slice, the second no whole blocks
+    weights = {f"model.{name}.weight": torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    rest = {"model.norm": torch.randn(640).to(dtype), "model.step": torch.tensor(3)}
+    for number, (name, weight) in enumerate(weights.items()):
+        save_file({name: weight} | (rest if number else {}), base / f"model-{number}.safetensors", {"format": "pt"})
+    lora: dict[str, torch.Tensor] = {}
+    updates = {}
+    for name, shape in shapes.items():
+        a, b = torch.randn(4, shape[1]) * 0.1, torch.randn(shape[0], 4) * 0.1
+        magnitude = torch.rand(shape[0]) + 1 if method == "DoRA" else None
+        updates[f"model.{name}.weight"] = Update(a, b, 2.0, magnitude)
+        parts = {"A.weight": a, "B.weight": b, "magnitude_vector": magnitude}
+        lora |= {f"base_model.model.model.{name}.lora_{key}": part for key, part in parts.items() if part is not None}
+    save_file(lora, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}), encoding="utf-8")
+    seen = weights
+    if method.startswith("QLoRA"):
+        name = str(dtype).removeprefix("torch.")
+        quantisation = Quantisation(dtype=name, double_quant="twice" in method, modules=("model.a", "model.b"))
+        quantisation.write(adapter)
+        seen = {name: through_four_bits(weight, quantisation) for name, weight in weights.items()}
+
+    digests = dict(write_merged(base, adapter, merged, lambda _done, _total: None))
+
+    assert digests == {path: sha256(path) for path in merged.iterdir()}
+    found = load_file(merged / "model-0.safetensors") | load_file(merged / "model-1.safetensors")
+    for name, update in updates.items():
+        torch.testing.assert_close(
+            found[name], update.applied(seen[name]).to(dtype), rtol=torch.finfo(dtype).eps, atol=0
+        )
+    assert all(torch.equal(found[name], tensor) for name, tensor in rest.items())
+    assert found.keys() == weights.keys() | rest.keys()
+    assert compare_weights(base, adapter, merged).wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be reset elsewhere")
+def test_merging_takes_little_memory(tmp_path: Path) -> None:
+    """A matrix of 240 MB is merged and checked in much less than that."""
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    for folder in (base, adapter, merged):
+        folder.mkdir()
+    rows, size = 60_000, 240_000_000
+    entry = {"dtype": "BF16", "shape": [rows, 2000], "data_offsets": [0, size]}
+    header = json.dumps({"model.a.weight": entry}).encode()
+    with (base / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # zeros that take no disk
+    prefix = "base_model.model.model.a.lora_"
+    lora = {f"{prefix}A.weight": torch.ones(2, 2000), f"{prefix}B.weight": torch.ones(rows, 2)}
+    save_file(lora, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "r": 2}), encoding="utf-8")
+
+    script = """
+import sys, torch
+from pathlib import Path
+from edgetune.checks.merge import compare_weights
+from edgetune.merge import write_merged
+from edgetune.stages import peak_memory_mb, reset_peak_memory
+base, adapter, merged = map(Path, sys.argv[1:])
+reset_peak_memory()
+before = peak_memory_mb()
+list(write_merged(base, adapter, merged, lambda done, total: None))
+assert compare_weights(base, adapter, merged).wrong == []
+print(peak_memory_mb() - before)
+"""
+    command = [sys.executable, "-c", script, *map(str, (base, adapter, merged))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert float(result.stdout) < 150
+
+
 def test_weights_that_qlora_saw_in_four_bits(tmp_path: Path) -> None:
     """The merged model has them as training saw them, also those that no adapter is on; the stored ones are wrong."""
     torch.manual_seed(0)
@@ -162,7 +257,7 @@ def test_weights_that_qlora_saw_in_four_bits(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "r": 4}), encoding="utf-8")
     quantisation = Quantisation(dtype="float32", double_quant=True, modules=("model.a", "model.b"))
     quantisation.write(adapter)
-    seen = {name: quantisation.trained_on(name, weight) for name, weight in weights.items()}
+    seen = {name: through_four_bits(weight, quantisation) for name, weight in weights.items()}
     right = {
         "model.a.weight": seen["model.a.weight"] + parts["B"] @ parts["A"],
         "model.b.weight": seen["model.b.weight"],

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from conftest import Sandbox
 from edgetune import config, merge
 from edgetune.checks import conversion
-from edgetune.checks.merge import Tensors, compare_weights
+from edgetune.checks.merge import compare_weights
 from edgetune.progress import Progress
 from edgetune.project import Project
 from edgetune.stages import Job, list_outputs, write_json
+from edgetune.tensors import read_folder
 from matrix import random_model
 
 CHECKS = ["adapter", "merge", "conversion", "quantisation", "tokens"]
@@ -310,7 +311,7 @@ def test_layers_of_all_kinds(tmp_path: Path, name: str, layers: int) -> None:
     """SmolLM3's fourth layer has no position encoding; the sixth of Gemma 3 sees the whole text."""
     model = random_model(SMALL | ARCHITECTURES[name], tmp_path / name)
 
-    kinds = conversion.layer_kinds(model, Tensors(model), trusted=False)
+    kinds = conversion.layer_kinds(model, read_folder(model), trusted=False)
 
     assert conversion.prefix_length(kinds) == layers
 

@@ -1,12 +1,13 @@
 """Merge the adapter into the base weights: base + ``gen-model/adapter/`` → ``gen-model/merged/``.
 
-Works on the safetensors files themselves, one after the other, so that every tensor the adapter does not
-touch, and every configuration and tokenizer file, stays byte for byte what the base model has. For QLoRA, the
+Works on the safetensors files themselves, some rows of a tensor at a time: every byte that the adapter does not
+change, headers and the other files of the model included, stays what it is in the base model. For QLoRA, the
 weights that training saw in 4 bits are merged as training saw them: docs/training.md has the measurement.
 """
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from edgetune.download import digests
 from edgetune.errors import failure, missing_extra
 from edgetune.quantised import Quantisation
 from edgetune.stages import Job, Stage, published
+from edgetune.tensors import HashedFile, Tensor, read_bytes, read_file, read_folder
 
 if TYPE_CHECKING:
     import torch
@@ -33,37 +35,68 @@ def inputs(job: Job) -> dict[str, Any]:
 
 def build(job: Job, folder: Path) -> dict[str, Any]:
     """Write the merged model. Raises EdgetuneError when part of the adapter fits no tensor of the base."""
-    try:
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise missing_extra("train", error) from None
-    adapter = job.project.stage_folder("train")
-    updates, quantisation = read_updates(adapter), Quantisation.read(adapter)
-    shards, merged = sorted(job.base_folder.glob("*.safetensors")), 0
-    for number, shard in enumerate(shards, start=1):
-        with safe_open(shard, framework="pt") as source:
-            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118 - not a mapping
-            metadata = source.metadata()
-        for name in tensors.keys() & (updates.keys() | quantisation.tensors):
-            weight = quantisation.trained_on(name, tensors[name])
-            if name in updates:
-                weight = updates.pop(name).applied(weight)
-                merged += 1
-            tensors[name] = weight.to(tensors[name].dtype)
-        save_file(tensors, folder / shard.name, metadata=metadata)
-        job.progress.advance(number, len(shards), shard.name)
-    if updates:
+    place = job.project.stage_folder("train")
+    adapter = Adapter(place)
+    if foreign := adapter.names - read_folder(job.base_folder).keys():
         raise failure(
-            f"the adapter changes {len(updates)} tensors that the base model does not have, such as {min(updates)}",
-            where=job.project.name(adapter),
+            f"the adapter changes {len(foreign)} tensors that the base model does not have, such as {min(foreign)}",
+            where=job.project.name(place),
             hint="the adapter was trained on another base model: delete gen-model/adapter and train again",
         )
+    for path, digest in write_merged(job.base_folder, place, folder, job.progress.transfer):
+        job.hashes.wrote(path, digest)
     for path in job.base_folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
-    job.progress.say(f"{merged} matrices changed")
-    return {"merged_matrices": merged}
+    job.progress.say(f"{len(adapter.names)} matrices changed")
+    return {"merged_matrices": len(adapter.names)}
+
+
+def write_merged(
+    base: Path, adapter: Path, folder: Path, report: Callable[[int, int], None]
+) -> Iterator[tuple[Path, str]]:
+    """Write the merged weights, and yield each file with its sha256.
+
+    ``report`` is told how many bytes of how many are made. Raises EdgetuneError when torch is missing, or bitsandbytes
+    for QLoRA.
+    """
+    try:
+        import torch  # noqa: F401 - for a word before anything is written
+    except ImportError as error:
+        raise missing_extra("train", error) from None
+    updates, quantisation = Adapter(adapter), Quantisation.read(adapter)
+    paths = sorted(base.glob("*.safetensors"))
+    done, total = 0, sum(path.stat().st_size for path in paths)
+    for path in paths:
+        with HashedFile(folder / path.name) as file:
+            for data in merged_file(path, updates, quantisation):
+                file.write(data)
+                done += len(data)
+                report(done, total)
+        yield folder / path.name, file.sha256
+
+
+def merged_file(source: Path, adapter: "Adapter", quantisation: Quantisation) -> Iterator[memoryview]:
+    """Yield the bytes of a merged file of weights in pieces: those of the base model's with other numbers in places."""
+    tensors = read_file(source)
+    changed = tensors.keys() & (adapter.names | quantisation.tensors)
+    copied = 0
+    for name in sorted(changed, key=lambda name: tensors[name].start):
+        yield from read_bytes(source, copied, tensors[name].start)
+        yield from merged_rows(name, tensors[name], adapter, quantisation)
+        copied = tensors[name].end
+    yield from read_bytes(source, copied, source.stat().st_size)
+
+
+def merged_rows(name: str, tensor: Tensor, adapter: "Adapter", quantisation: Quantisation) -> Iterator[memoryview]:
+    """Yield the bytes of a merged tensor, some rows at a time."""
+    import torch
+
+    update = adapter[name] if name in adapter.names else None
+    for rows, weight in quantisation.trained_on(name, tensor):
+        merged = weight if update is None else update.rows(rows).applied(weight)
+        data: Any = merged.to(tensor.torch_dtype).reshape(-1).view(torch.uint8).numpy()
+        yield memoryview(data)
 
 
 STAGE = Stage("merge", 2, inputs, build)
@@ -93,37 +126,38 @@ class Update:
         (https://arxiv.org/abs/2402.09353, equation 5; PEFT takes rows, as its weights are (out, in)).
         """
         wide = wider(weight.dtype)
-        matrix = weight.to(wide) + self.scale * (self.b.to(wide) @ self.a.to(wide))
+        matrix = (self.b.to(wide) @ self.a.to(wide)).mul_(self.scale).add_(weight)
         if self.magnitude is None:
             return matrix
         lengths: torch.Tensor = self.magnitude.to(wide) / matrix.norm(dim=1)
-        return matrix * lengths.unsqueeze(1)
+        return matrix.mul_(lengths.unsqueeze(1))
 
 
-def read_updates(adapter: Path) -> dict[str, Update]:
-    """Return what the adapter in a folder does, by the name of the base model's tensor.
+class Adapter:
+    """What the adapter in a folder does, by the name of the base model's tensor; its matrices are read one by one.
 
     Raises EdgetuneError when it holds something else than LoRA and DoRA for linear layers.
     """
-    from safetensors.torch import load_file
 
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    if unknown := [name for name in tensors if not name.endswith(_PARTS)]:
-        raise failure(
-            f"the adapter holds {unknown[0]}, which is no LoRA matrix of a linear layer",
-            hint="delete gen-model/adapter and train again; target_modules must name linear layers",
-        )
-    modules = [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
-    return {
-        f"{module.removeprefix(_PEFT_PREFIX)}.weight": Update(
-            tensors[module + _A],
-            tensors[module + _B],
-            config["lora_alpha"] / config["r"],
-            tensors.get(module + _MAGNITUDE),
-        )
-        for module in modules
-    }
+    def __init__(self, folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        self._scale = config["lora_alpha"] / config["r"]
+        self._tensors = read_file(folder / "adapter_model.safetensors")
+        if unknown := [name for name in self._tensors if not name.endswith(_PARTS)]:
+            raise failure(
+                f"the adapter holds {unknown[0]}, which is no LoRA matrix of a linear layer",
+                hint="delete gen-model/adapter and train again; target_modules must name linear layers",
+            )
+        modules = [name.removesuffix(_A) for name in self._tensors if name.endswith(_A)]
+        self._modules = {f"{module.removeprefix(_PEFT_PREFIX)}.weight": module for module in modules}
+        self.names = self._modules.keys()
+
+    def __getitem__(self, name: str) -> Update:
+        module = self._modules[name]
+        a, b, magnitude = (self._tensors.get(module + part) for part in _PARTS)
+        if a is None or b is None:
+            raise KeyError(name)
+        return Update(a.read(), b.read(), self._scale, None if magnitude is None else magnitude.read())
 
 
 def wider(dtype: "torch.dtype") -> "torch.dtype":

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from edgetune.errors import missing_extra
 from edgetune.schema import FineTuning, QLoRA
 from edgetune.stages import write_json
+from edgetune.tensors import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -82,16 +84,41 @@ class Quantisation:
         """The names of the weights."""
         return {f"{module}.weight" for module in self.modules}
 
-    def trained_on(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return a base weight as training saw it; what came out of 4 bits is not rounded to the stored type."""
+    def trained_on(self, name: str, weight: Tensor) -> Iterator[tuple[slice, "torch.Tensor"]]:
+        """Yield a base weight as training saw it, some rows at a time.
+
+        What comes out of 4 bits is not rounded to the stored type; meanwhile, all of it is held in 4 bits.
+        """
         if name not in self.tensors:
-            return weight
+            yield from ((rows, weight.read(rows)) for rows in weight.slices())
+            return
+        functional = bitsandbytes().functional
+        slices = list(weight.slices())
+        packed = [self._packed(weight.read(rows)) for rows in slices]
+        if self.double_quant:
+            self._quantise_scales([state for _, state in packed])
+        for rows, (data, state) in zip(slices, packed, strict=True):
+            yield rows, functional.dequantize_4bit(data, state)
+
+    def _packed(self, weight: "torch.Tensor") -> tuple["torch.Tensor", Any]:
+        import torch
+
+        given = weight.to(getattr(torch, self.dtype))
+        packed: tuple[torch.Tensor, Any] = bitsandbytes().functional.quantize_4bit(given, quant_type=self.quant_type)
+        return packed
+
+    def _quantise_scales(self, states: list[Any]) -> None:
+        """Send the scales of a matrix through 8 bits, all at once as their mean is taken off before.
+
+        As bitsandbytes' ``quantize_4bit`` does with ``compress_statistics`` (QLoRA, arXiv:2305.14314, section 3).
+        """
         import torch
 
         functional = bitsandbytes().functional
-        before = weight.to(getattr(torch, self.dtype)).contiguous()
-        packed, state = functional.quantize_4bit(
-            before, quant_type=self.quant_type, compress_statistics=self.double_quant
+        scales = torch.cat([state.absmax for state in states])
+        offset = scales.mean()
+        scales = (
+            functional.dequantize_blockwise(*functional.quantize_blockwise(scales - offset, blocksize=256)) + offset
         )
-        result: torch.Tensor = functional.dequantize_4bit(packed, state)
-        return result
+        for state, part in zip(states, scales.split([len(state.absmax) for state in states]), strict=True):
+            state.absmax = part

@@ -29,7 +29,7 @@ from edgetune.schema import Workflow
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("edgetune", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-genai", "tokenizers")
-_MARK = ("size", "mtime", "ctime", "inode", "sha256")  # what an entry of the hash cache holds
+_ENTRY = ("size", "mtime", "ctime", "inode", "sha256")  # of the hash cache
 _SETTLED_SECONDS = 2.0  # a file younger than this may still change within its time stamp's resolution
 
 
@@ -88,33 +88,43 @@ def text_digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
+def _mark(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 class Hashes:
     """sha256 of files, remembered by size, times and inode so that large weights are read once."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self.known: dict[str, list[Any]] = {}
+        self.written: dict[str, list[Any]] = {}
         self.changed = False
         with suppress(OSError, ValueError, TypeError):
             known = json.loads(cache.read_text(encoding="utf-8"))
-            self.known = {k: v for k, v in dict(known).items() if isinstance(v, list) and len(v) == len(_MARK)}
+            self.known = {k: v for k, v in dict(known).items() if isinstance(v, list) and len(v) == len(_ENTRY)}
 
     def __getitem__(self, path: Path) -> str:
         """Return the sha256 of ``path``; reads the file unless an unchanged, settled one is known."""
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        *known, known_digest = self.known.get(str(path), [""])
-        if known == mark:
-            return str(known_digest)
+        mark = _mark(stat)
+        for known in (self.known, self.written):
+            *known_mark, digest = known.get(str(path), [""])
+            if known_mark == mark:
+                return str(digest)
         digest = sha256(path)
         if abs(time.time() - max(stat.st_mtime, stat.st_ctime)) > _SETTLED_SECONDS:
             self.known[str(path)] = [*mark, digest]
             self.changed = True
         return digest
 
+    def wrote(self, path: Path, digest: str) -> None:
+        """Take the sha256 of what was just written to a file; it is known until something changes the file."""
+        self.written[str(path)] = [*_mark(path.stat()), digest]
+
     def forget(self) -> None:
         """Read every file again from now on."""
-        self.known, self.changed = {}, True
+        self.known, self.written, self.changed = {}, {}, True
 
     def save(self) -> None:
         """Write what was learned; a cache that cannot be written only costs time."""
@@ -202,10 +212,13 @@ class Build:
 
 
 @contextmanager
-def building(folder: Path, stage: str, key: str, inputs: Mapping[str, Any]) -> Iterator[Build]:
+def building(
+    folder: Path, stage: str, key: str, inputs: Mapping[str, Any], hashes: Hashes | None = None
+) -> Iterator[Build]:
     """Give a folder to build in and publish it as ``folder`` when the block ends without an error.
 
-    What an interrupted run with the same key left behind is still there; anything else was removed.
+    What an interrupted run with the same key left behind is still there; anything else was removed. ``hashes`` may
+    know what was written.
     """
     partial = partial_folder(folder)
     key_file = partial / "key"
@@ -221,7 +234,7 @@ def building(folder: Path, stage: str, key: str, inputs: Mapping[str, Any]) -> I
         "stage": stage,
         "key": key,
         "inputs": inputs,
-        "outputs": list_outputs(partial),
+        "outputs": list_outputs(partial, hashes),
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_mb": peak_memory_mb(),

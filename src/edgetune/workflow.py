@@ -133,7 +133,7 @@ def _run_stage(job: Job, stage: Stage) -> None:
         job.ahead = ()
     with (
         job.progress.running(stage.name, job.project.log(stage.name)),
-        building(folder, stage.name, key, inputs) as build,
+        building(folder, stage.name, key, inputs, job.hashes) as build,
     ):
         build.metrics |= stage.build(job, build.folder)
 

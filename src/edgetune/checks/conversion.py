@@ -8,15 +8,16 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetune.backends import OnnxBackend, torch_backend
 from edgetune.base_model import trusts_code
-from edgetune.checks.merge import Tensors
 from edgetune.export import run_builder
 from edgetune.stages import Job, write_json
+from edgetune.tensors import Tensor, read_folder
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _VOCABULARY = 4096
@@ -78,32 +79,31 @@ def write_prefix(job: Job, model: Path, target: Path) -> tuple[int, int]:
         if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copyfile(path, target / path.name)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    tensors = Tensors(model)
+    tensors = read_folder(model)
     layers = prefix_length(layer_kinds(model, tensors, trusted=trusts_code(job)))
     vocabulary = config["vocab_size"]
     kept = {}
-    for name in tensors.names:
+    for name, tensor in tensors.items():
         if (found := _LAYER.search(name)) and int(found[1]) >= layers:
             continue
-        part, shape = tensors[name], tensors[name].get_shape()
-        cut = shape and shape[0] == vocabulary > _VOCABULARY
-        kept[name] = (part[:_VOCABULARY] if cut else part[...]).float().contiguous()
+        cut = tensor.shape and tensor.shape[0] == vocabulary > _VOCABULARY
+        kept[name] = tensor.read(slice(0, _VOCABULARY) if cut else None).float()
     save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     write_json(target / "config.json", _prefix_config(config, layers, min(vocabulary, _VOCABULARY)))
     return layers, config["num_hidden_layers"]
 
 
-def layer_kinds(model: Path, tensors: Tensors, *, trusted: bool) -> list[Any]:
+def layer_kinds(model: Path, tensors: Mapping[str, Tensor], *, trusted: bool) -> list[Any]:
     """Return for each layer what sets it apart: its entries in the lists of the configuration, and its shapes."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=trusted)
     count = config.num_hidden_layers
     lists = [entries for entries in config.to_dict().values() if isinstance(entries, list) and len(entries) == count]
-    shapes: list[list[tuple[str, list[int]]]] = [[] for _ in range(count)]
-    for name in sorted(tensors.names):
+    shapes: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(count)]
+    for name in sorted(tensors):
         if (found := _LAYER.search(name)) and int(found[1]) < count:
-            shapes[int(found[1])].append((_LAYER.sub("", name), tensors[name].get_shape()))
+            shapes[int(found[1])].append((_LAYER.sub("", name), tensors[name].shape))
     return [([entries[layer] for entries in lists], shapes[layer]) for layer in range(count)]
 
 

@@ -1,17 +1,17 @@
 """Check that the merged weights are what the adapter makes of the base model's, some rows of a tensor at a time."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edgetune.merge import Update, read_updates, wider
+from edgetune.merge import Adapter, Update
 from edgetune.quantised import Quantisation
+from edgetune.tensors import Tensor, read_folder
 
 if TYPE_CHECKING:
     import torch
-
-_SLICE_ELEMENTS = 1 << 24
 
 
 @dataclass
@@ -32,69 +32,43 @@ class MergeFindings:
 
 def compare_weights(base: Path, adapter: Path, merged: Path) -> MergeFindings:
     """Compare every tensor of ``merged`` with what ``base`` and ``adapter`` make it."""
-    updates, quantisation = read_updates(adapter), Quantisation.read(adapter)
-    found = MergeFindings(matrices=len(updates), wrong=[], zero=sum(not update.b.any() for update in updates.values()))
-    originals, results = Tensors(base), Tensors(merged)
-    wrong = found.wrong = [f"{name} is missing" for name in sorted(originals.names - results.names)]
-    wrong += [f"{name} is not in the base model" for name in sorted((results.names | updates.keys()) - originals.names)]
-    for name in sorted(originals.names & results.names):
+    updates, quantisation = Adapter(adapter), Quantisation.read(adapter)
+    originals, results = read_folder(base), read_folder(merged)
+    found = MergeFindings(matrices=len(updates.names))
+    wrong = found.wrong = [f"{name} is missing" for name in sorted(originals.keys() - results.keys())]
+    more = (results.keys() | updates.names) - originals.keys()
+    wrong += [f"{name} is not in the base model" for name in sorted(more)]
+    for name in sorted(originals.keys() & results.keys()):
         original, result = originals[name], results[name]
-        if name not in updates:
-            found.others += 1
-        if (original.get_shape(), original.get_dtype()) != (result.get_shape(), result.get_dtype()):
+        update = updates[name] if name in updates.names else None
+        found.others += update is None
+        found.zero += update is not None and not update.b.any()
+        if (original.shape, original.dtype) != (result.shape, result.dtype):
             wrong.append(f"{name} has another shape or type")
-            continue
-        if name in quantisation.tensors:
-            stored = original[...]
-            original = quantisation.trained_on(name, stored)
-            original = original if name in updates else original.to(stored.dtype)
-        if name not in updates:
-            if not all(_same_bits(*both) for _, *both in _slices(original, result)):
+        elif update is None:
+            if not _is_same(name, original, result, quantisation):
                 wrong.append(f"{name} is not the base model's")
-        elif (ulps := _largest_ulps(original, result, updates[name])) > 1:
-            wrong.append(f"{name} is off by {ulps:.3g} units in the last place")
-            found.largest_ulps = max(found.largest_ulps, ulps)
         else:
+            ulps = _largest_ulps(quantisation.trained_on(name, original), result, update)
+            if ulps > 1:
+                wrong.append(f"{name} is off by {ulps:.3g} units in the last place")
             found.largest_ulps = max(found.largest_ulps, ulps)
     return found
 
 
-class Tensors:
-    """The tensors of a model folder by name, read slice by slice."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
-        self.names = self._files.keys()
-
-    def __getitem__(self, name: str) -> Any:
-        return self._files[name].get_slice(name)
-
-
-def _slices(original: Any, result: Any) -> Iterator[tuple[slice, "torch.Tensor", "torch.Tensor"]]:
-    """Yield some rows of two tensors of the same shape at a time."""
-    shape = result.get_shape()
-    if not shape:
-        yield slice(None), original[...], result[...]
-        return
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    step = max(1, _SLICE_ELEMENTS // max(width, 1))
-    for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        yield rows, original[rows], result[rows]
-
-
-def _same_bits(one: "torch.Tensor", other: "torch.Tensor") -> bool:
+def _is_same(name: str, original: Tensor, result: Tensor, quantisation: Quantisation) -> bool:
+    """Tell whether a tensor is the base model's, as training saw it, to the last bit."""
     import torch
 
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
+    if name not in quantisation.tensors:
+        return all(original.data(rows) == result.data(rows) for rows in original.slices())
+    return all(
+        torch.equal(*(weight.to(original.torch_dtype).view(torch.uint8) for weight in (seen, result.read(rows))))
+        for rows, seen in quantisation.trained_on(name, original)
+    )
 
 
-def _largest_ulps(original: Any, result: Any, update: Update) -> float:
+def _largest_ulps(original: Iterable[tuple[slice, "torch.Tensor"]], result: Tensor, update: Update) -> float:
     """Return the largest difference from what the update makes of W, in units in the last place of the stored type.
 
     The unit is that of the larger of |W| and the sum: where both nearly cancel, the sum has no more exact bits.
@@ -102,13 +76,14 @@ def _largest_ulps(original: Any, result: Any, update: Update) -> float:
     import torch
 
     largest = 0.0
-    for rows, weight, merged in _slices(original, result):
+    for rows, weight in original:
+        merged = result.read(rows)
         expected = update.rows(rows).applied(weight)
-        wide = wider(weight.dtype)
-        magnitude = torch.maximum(expected.abs(), weight.to(wide).abs())
-        limits = torch.finfo(merged.dtype)
-        _, exponent = torch.frexp(magnitude.clamp(min=limits.smallest_normal))
-        ulp = torch.ldexp(torch.full_like(magnitude, limits.eps), exponent - 1)
-        ulps = ((merged.to(wide) - expected).abs() / ulp).max()
-        largest = max(largest, float(ulps if torch.isfinite(ulps) else torch.inf))
+        limits, wide = torch.finfo(merged.dtype), expected.dtype
+        magnitude = torch.maximum(expected.abs(), weight.to(wide).abs()).clamp_(min=limits.smallest_normal)
+        integer = torch.int64 if wide == torch.float64 else torch.int32
+        exponent = torch.tensor(torch.inf, dtype=wide).view(integer)  # the bits of infinity
+        power = magnitude.view(integer).bitwise_and_(exponent).view(wide)
+        ulps = (merged.to(wide).sub_(expected).abs_().div_(power).max() / limits.eps).item()
+        largest = max(largest, ulps if math.isfinite(ulps) else math.inf)
     return largest
