@@ -148,7 +148,7 @@ def test_gemma3_in_every_spelling(tmp_path: Path, rope: dict[str, Any]) -> None:
     (source / "config.json").write_text(json.dumps(SMALL | plain | rope))
     (source / "model.safetensors").write_bytes(b"weights")
 
-    given = builder_input(source, tmp_path / "work", "int4")
+    given = builder_input(source, tmp_path / "work")
 
     config = AutoConfig.from_pretrained(given)
     wanted = (rope.get("rope_theta", 1e6), rope.get("rope_local_base_freq", 1e4))
@@ -161,4 +161,4 @@ def test_most_models_are_read_where_they_are(tmp_path: Path) -> None:
     """Where nothing must be repaired, the builder is given the model itself."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL | BY_NAME["llama"].config))
 
-    assert builder_input(tmp_path, tmp_path / "work", "fp32") == tmp_path
+    assert builder_input(tmp_path, tmp_path / "work") == tmp_path

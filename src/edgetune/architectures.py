@@ -50,6 +50,8 @@ UNEXPORTABLE = {
 }
 """Model types that the builder knows, but that would fail after hours of training, or worse, not fail."""
 
+BUILDERS_BLOCK = 32
+"""The block size of int4 unless the pass has one."""
 _GEMMA3_PATTERN = 6  # the builder takes every sixth layer of Gemma 3 for one that sees the whole text
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _HEAD_STEP = 16
@@ -73,6 +75,15 @@ def refusal(config: dict[str, Any]) -> str | None:
             f"rotates {rotated} of {size} numbers of each attention head: ONNX Runtime takes multiples of {_HEAD_STEP}"
         )
     return None
+
+
+def largest_block(config: dict[str, Any], block: int) -> int:
+    """Return the block size, or the builder's own where rows of the embedding would end with a part of a block.
+
+    Embeddings that are also the output layer lie in blocks under every int4 algorithm but the default one.
+    """
+    size = config.get("hidden_size")
+    return block if not isinstance(size, int) or size % block == 0 else min(block, BUILDERS_BLOCK)
 
 
 def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
@@ -105,7 +116,7 @@ def _has_usual_layers(config: dict[str, Any]) -> bool:
     return all(entry.get("rope_type", entry.get("type", "default")) == "default" for entry in _rope_scalings(config))
 
 
-def builder_input(source: Path, work: Path, precision: str) -> Path:
+def builder_input(source: Path, work: Path) -> Path:
     """Return a folder with the model as the builder can read it: ``source``, or ``work`` with links and an edited file.
 
     The builder reads names that transformers 4 gave to settings of config.json. transformers 5 moves some of them into
@@ -119,8 +130,6 @@ def builder_input(source: Path, work: Path, precision: str) -> Path:
     if kind in _EDITS:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         edited |= _EDITS[kind](content, config)
-    if kind in _ADDS_ONE_TO_NORMS and precision == "fp32":
-        edited |= {"dtype": "float32"}
     if edited == content:
         return source
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
@@ -200,13 +209,6 @@ _EDITS = {
     "phi3": _phi3,
     "smollm3": _smollm3,
 }
-
-
-_ADDS_ONE_TO_NORMS = {"gemma", "gemma2", "gemma3_text", "nemotron"}
-"""Here 1 + w is calculated in the type of w: in bfloat16 this costs up to 0.4 % of each norm.
-
-Loading all weights in float32 takes twice the memory. Where they are quantised, that is not worth it.
-"""
 
 
 def repair(job: Job, source: Path, exported: Path) -> None:

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgetune import architectures, gptq
+from edgetune import architectures, builder, gptq
 from edgetune.backends import GENAI_CONFIG, load_exported
 from edgetune.download import digests
-from edgetune.errors import failure, missing_extra
+from edgetune.errors import EdgetuneError, failure
 from edgetune.stages import Job, Stage, published, write_json
 
 _BUILDERS_NAMES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
@@ -54,7 +54,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     return {"bytes": size, "max_length": config["search"]["max_length"]}
 
 
-STAGE = Stage("export", 2, inputs, build)
+STAGE = Stage("export", 3, inputs, build)
 
 
 def source_folder(job: Job) -> Path:
@@ -67,23 +67,21 @@ def run_builder(job: Job, source: Path, folder: Path, precision: str, options: d
 
     Raises EdgetuneError when the builder cannot.
     """
-    try:
-        from onnxruntime_genai.models.builder import create_model
-    except ImportError as error:
-        raise missing_extra("export", error) from None
     work = folder / "work"
-    given = str(architectures.builder_input(source, work / "source", precision))
+    work.mkdir(exist_ok=True)
+    given = architectures.builder_input(source, work / "source")
     try:
-        create_model(
+        builder.create(
             given,
-            given,
-            str(folder),
+            folder,
+            work,
             precision,
-            cache_dir=str(work),
             hf_token="false",  # noqa: S106 - everything is local; the builder's default asks the Hub client for a token
             hf_remote=job.workflow.input_model.load_kwargs.trust_remote_code,
             **{"execution_provider": "cpu"} | options,
         )
+    except EdgetuneError:
+        raise
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise failure(

@@ -31,7 +31,7 @@ def build(job: Job, step: Gptq, source: Path, folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     quantised = _run(job, work / "gptq", source, step, "config.json").parent
     _restore_config(source, quantised)
-    given = architectures.builder_input(quantised, work / "source", workflow.builder.precision)
+    given = architectures.builder_input(quantised, work / "source")
     exported = _run(job, work / "builder", given, workflow.builder, "model.onnx").parent
     for path in exported.iterdir():
         if path.is_file() and path.name not in _OF_OLIVE:

@@ -1,4 +1,4 @@
-"""Run a function in a process of its own: its memory is its own, and given back when it ends."""
+"""Run functions in processes of their own: their memory is their own, and given back when they end."""
 
 import multiprocessing
 import os
@@ -6,12 +6,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, failure
+
+_HINT = "usually memory ran out (code -9): close other programs, and run the same command again"
 
 
 def in_process(function: Callable[..., Any], *arguments: Any, imports: Sequence[str] = ()) -> Any:
@@ -38,8 +43,7 @@ def in_process(function: Callable[..., Any], *arguments: Any, imports: Sequence[
         result, error = receiver.recv()
     except EOFError:
         process.join()
-        hint = "-9 usually means that memory ran out: close other programs, and run the same command again"
-        raise failure(f"a process of this run died with code {process.exitcode}", hint=hint) from None
+        raise failure(f"a process of this run died with code {process.exitcode}", hint=_HINT) from None
     except BaseException:
         if process.pid is not None:
             process.terminate()
@@ -50,6 +54,30 @@ def in_process(function: Callable[..., Any], *arguments: Any, imports: Sequence[
     if error is not None:
         raise error
     return result
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[Executor]:
+    """Yield an executor with as many processes, which end with this one, leave Ctrl-C to it and print nothing.
+
+    Functions and arguments must be importable and picklable. Raises EdgetuneError when a process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, initializer=_begin)
+    try:
+        with _without_interrupts():
+            wait([executor.submit(os.getpid) for _ in range(workers)])
+        yield executor
+    except BrokenProcessPool:
+        raise failure("a process of this run died", hint=_HINT) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

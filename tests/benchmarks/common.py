@@ -4,29 +4,61 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Container
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from edgetune import machine
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PEERS = Path(__file__).parent / "peers"
+BUILT_IN = REPOSITORY / "src/edgetune/builtin/tiny-phi3"
 CONSTRAINTS = REPOSITORY / "src/edgetune/constraints.txt"
 ENVIRONMENTS = REPOSITORY / ".bench"
 
+_POLL_SECONDS = 0.02
+_SHARD = 2_000_000_000  # bytes
 _WRITE_MODEL = """
 import json, sys
+from pathlib import Path
 import torch, transformers
+from safetensors.torch import save_file
 
-values, folder = json.loads(sys.argv[1]), sys.argv[2]
+values, folder, limit = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
-config = transformers.AutoConfig.for_model(pad_token_id=0, bos_token_id=0, eos_token_id=0, **values)
-model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-model.save_pretrained(folder, max_shard_size="2GB")
+config = transformers.AutoConfig.for_model(pad_token_id=0, bos_token_id=0, eos_token_id=0, dtype="bfloat16", **values)
+with torch.device("meta"):
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+config.architectures = [type(model).__name__]
+config.save_pretrained(folder)
+shards, size = [[]], 0
+for name, weight in model.named_parameters():
+    size += 2 * weight.numel()
+    if size > limit and shards[-1]:
+        shards.append([])
+        size = 2 * weight.numel()
+    shards[-1].append((name, weight.shape))
+places = {}
+for number, shard in enumerate(shards, 1):
+    file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+    places |= {name: file for name, _ in shard}
+    tensors = {
+        name: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1
+        else torch.empty(shape, dtype=torch.bfloat16).normal_(std=config.initializer_range)
+        for name, shape in shard
+    }
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+if len(shards) > 1:
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 """
 
 
@@ -48,9 +80,10 @@ MODELS = {
 }
 
 
-def write_model(name: str, folder: Path) -> None:
-    """Write a model with random bfloat16 weights (seed 0). Takes twice the memory of its weights."""
-    subprocess.run([sys.executable, "-c", _WRITE_MODEL, json.dumps(MODELS[name]), str(folder)], check=True)
+def write_model(config: dict[str, Any], folder: Path) -> None:
+    """Write a model with random bfloat16 weights (seed 0), in files of at most 2 GB or one tensor."""
+    command = [sys.executable, "-c", _WRITE_MODEL, json.dumps(config), str(folder), str(_SHARD)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def peer(name: str) -> Path:
@@ -70,20 +103,49 @@ def peer(name: str) -> Path:
     return python
 
 
-def measured(command: list[str], folder: Path, **environment: str) -> tuple[float, float]:
-    """Return wall seconds and peak resident memory (MB, 10^6 bytes) of a process. Raises CalledProcessError."""
-    started = time.monotonic()
-    with subprocess.Popen(
-        command, cwd=folder, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stderr is not None
-        said = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.stderr.buffer.write(said)
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return time.monotonic() - started, usage.ru_maxrss * 1024 / 1e6
+def measured(
+    command: list[str], folder: Path, accepted: Container[int] = (0,), **environment: str
+) -> tuple[float, float]:
+    """Return wall seconds and peak resident memory (MB, 10^6 bytes) of a process and all that it starts.
+
+    Pages that they share count for each. Raises CalledProcessError when it ends with a code that is not accepted.
+    """
+    started, peak = time.monotonic(), 0
+    with tempfile.TemporaryFile() as said:
+        process = psutil.Popen(
+            command, cwd=folder, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=said
+        )
+        while process.poll() is None:
+            peak = max(peak, resident(process))
+            time.sleep(_POLL_SECONDS)
+        seconds = time.monotonic() - started
+        if process.returncode not in accepted:
+            said.seek(0)
+            sys.stderr.buffer.write(said.read())
+            raise subprocess.CalledProcessError(process.returncode, command)
+    return seconds, peak / 1e6
+
+
+def resident(process: psutil.Process) -> int:
+    """Return the bytes of memory that a process and its children have now."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss
+    return total
+
+
+def compared(found: dict[str, Any], ours: str, peer: str, gap: str = "  ") -> str:
+    """Return seconds and MB of both, and the ratios; ``-`` where the peer was not run."""
+    parts = [
+        f"{seconds:.1f} s, {megabytes:,.0f} MB"
+        for seconds, megabytes in (found[name] for name in (ours, peer) if name in found)
+    ]
+    if peer in found:
+        speed, memory = found[peer][0] / found[ours][0], found[ours][1] / found[peer][1]
+        return gap.join([*parts, f"x{speed:.2f}", f"x{memory:.2f}"])
+    return gap.join([*parts, "-", "-", "-"])
 
 
 def surroundings(*packages: str) -> dict[str, Any]:
