@@ -255,22 +255,28 @@ CASES = (
 
 def random_model(content: dict[str, Any], folder: Path) -> Path:
     """Write a model with random weights and just this configuration file, and the built-in tokenizer."""
-    import transformers
-
     folder.mkdir(parents=True)
     path = folder / "config.json"
     path.write_text(json.dumps(content), encoding="utf-8")
+    model = random_weights(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    path.write_text(json.dumps(content | {"architectures": [type(model).__name__]}), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(BUILTIN_MODELS["edgetune/tiny-phi3"] / name, folder / name)
+    return folder
+
+
+def random_weights(folder: Path) -> Any:
+    """Return a model as the folder's config.json describes it."""
+    import transformers
+
     settings = transformers.AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(settings)
     for weight in model.parameters():
         if weight.ndim == 1:  # norms and biases would begin as ones and zeros, where mistakes do not show
             weight.data += 0.2 * torch.randn_like(weight)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    path.write_text(json.dumps(content | {"architectures": [type(model).__name__]}), encoding="utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(BUILTIN_MODELS["edgetune/tiny-phi3"] / name, folder / name)
-    return folder
+    return model
 
 
 @dataclass

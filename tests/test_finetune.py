@@ -183,6 +183,34 @@ def shorten(project: Sandbox, steps: int) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [3, 11])
+def test_eval_loss_is_the_mean_over_all_learned_tokens(project: Sandbox, rows: int) -> None:
+    """However many rows are left for the last batch."""
+    from peft import PeftModel
+    from torch.nn.functional import cross_entropy
+
+    from edgetune.batches import IGNORED, Collator
+    from edgetune.dataset import Tokens
+    from edgetune.loading import load_weights
+
+    shorten(project, 2)
+    project.edit(lambda c: c["passes"]["lora"]["training_args"].update(eval_strategy="steps", eval_steps=2))
+    file = project.root / "datasets/eval.jsonl"
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]), encoding="utf-8")
+
+    assert project.run("train").returncode == 0
+
+    base, adapter = project.root / "model-cache/edgetune/tiny-phi3", project.root / "gen-model/adapter"
+    samples = Tokens(project.root / "gen-model/data", "eval")
+    batch = Collator(base)([samples[row] for row in range(len(samples))])
+    model: Any = PeftModel.from_pretrained(load_weights(base, dtype="float32", trusted=False), adapter)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    wanted = cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED).item()
+    manifest = json.loads((adapter / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["metrics"]["eval_loss"] == pytest.approx(wanted, rel=1e-4)
+
+
 def wait_until(process: "subprocess.Popen[Any]", condition: Callable[[], bool]) -> None:
     """Wait for something a running process does; fail when it ends or two minutes pass before."""
     deadline = time.monotonic() + 120
@@ -285,7 +313,7 @@ def test_two_runs_at_once_are_refused(project: Sandbox) -> None:
 
 def test_piped_output_is_plain_text(project: Sandbox) -> None:
     """With stderr in a file there are no carriage returns or escape codes, even when colour is forced."""
-    project.edit(lambda c: c["passes"]["builder"].update(int4_block_size=128))
+    project.edit(lambda c: c["passes"]["builder"].update(int4_block_size=64))
 
     result = project.run("export", env={"FORCE_COLOR": "1"})
 

@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune import preflight, trackers
+from edgetune import machine, preflight, trackers
+from edgetune.batches import BUDGET, IGNORED, Collator, micro_batches
 from edgetune.dataset import Tokens
 from edgetune.download import digests
+from edgetune.dropout import replace_dropout
 from edgetune.errors import Problem, failure, missing_extra, refuse
 from edgetune.loading import device, fine_tuning, load_base
-from edgetune.prompt import Sample, end_token_ids
+from edgetune.loss import CompletionLoss
 from edgetune.quantised import Quantisation
 from edgetune.schema import QLoRA
 from edgetune.stages import (
@@ -35,21 +37,23 @@ from edgetune.stages import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Trainer
 
 _CHECKPOINTS = "checkpoints"
 _SETTINGS = "settings.json"  # among them
 _SAVES_PER_RUN = 10
 _LOGGING_STEPS = 500  # of transformers, which evaluates as often unless told otherwise
-_IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 def inputs(job: Job) -> dict[str, Any]:
     """Return what the adapter depends on."""
     tuning = fine_tuning(job).model_dump(exclude={"train_data_config", "eval_data_config"}, exclude_none=True)
+    arguments = tuning["training_args"]
     for name in _ONLY_TIME_AND_LOGS:
-        tuning["training_args"].pop(name, None)
+        arguments.pop(name, None)
+    if not arguments.get("dataloader_drop_last"):  # or only their product counts
+        rows = arguments.pop("per_device_train_batch_size") * arguments.pop("gradient_accumulation_steps")
+        arguments["rows_of_a_step"] = rows
     return {
         "base": digests(job, weights=True),
         "data": [job.keys["data"], published(job.project.stage_folder("data"))],
@@ -89,8 +93,8 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     except ImportError as error:
         raise missing_extra("train", error) from None
     transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(min(torch.get_num_threads(), machine.cores()))  # torch does not see a container's quota
     trackers.prepare(job)
-    tokens = Tokens(job.project.stage_folder("data"), "train")
     settings = _as_begun(folder / _CHECKPOINTS / _SETTINGS, preflight.chosen(job))
     arguments = _training_arguments(job, folder / _CHECKPOINTS, settings)
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
@@ -99,15 +103,11 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     quantisation = wanted and wanted.of(base)
     model = _with_adapter(job, base, settings.dtype)
     release_memory()
+    loss = CompletionLoss(model, smoothing=arguments.label_smoothing_factor, plain=arguments.torch_compile)
+    if loss.parts is None:
+        job.progress.say("logits are computed at all positions, which takes more time and memory")
     with _argument_errors(job):
-        trainer = transformers.Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=tokens,
-            eval_dataset=Tokens(job.project.stage_folder("data"), "eval") if job.workflow.eval_data else None,
-            data_collator=_Collator(job.base_folder),
-            callbacks=[_callback(job)],
-        )
+        trainer = _trainer(job, model, arguments, loss)
         trainer.create_optimizer()
     if job.workflow.eval_data is None:
         job.progress.say("no evaluation data: `edgetune data --write-split 0.1` sets some rows aside")
@@ -137,7 +137,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     return metrics
 
 
-STAGE = Stage("train", 1, inputs, build)
+STAGE = Stage("train", 2, inputs, build)
 
 
 def _as_begun(path: Path, settings: preflight.Settings) -> preflight.Settings:
@@ -209,14 +209,24 @@ def _training_arguments(job: Job, output: Path, settings: preflight.Settings) ->
     given.setdefault("run_name", trackers.run_name(job))
     given.setdefault("project", job.project.root.name)
     given.setdefault("dataloader_pin_memory", False)
+    if not given.get("dataloader_drop_last"):
+        # The rows of an optimiser step together: they are the same ones, and can be cut where it is best.
+        given["per_device_train_batch_size"] *= given["gradient_accumulation_steps"]
+        given["gradient_accumulation_steps"] = 1
     with _argument_errors(job):
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(output),
             use_cpu=device() == "cpu",
             disable_tqdm=True,
             remove_unused_columns=False,
             **given,
         )
+    if arguments.world_size > 1:
+        raise failure("training runs in one process", hint="start `edgetune train` without torchrun or WORLD_SIZE")
+    # With several GPUs in sight, transformers would split every micro-batch over them (DataParallel); there is no
+    # argument against it.
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
+    return arguments
 
 
 def _check_best_checkpoint(job: Job) -> None:
@@ -275,6 +285,8 @@ def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
     except ValueError as error:
         where = job.workflow.where_in_tuning("target_modules")
         raise failure(str(error).splitlines()[0], where=where, hint="name the layers in target_modules") from None
+    if device() == "cpu":
+        replace_dropout(model)
     trained, total = model.get_nb_trainable_parameters()
     precision = f"{tuning.quant_type} in {dtype}" if isinstance(tuning, QLoRA) else dtype
     modules = {name.rpartition(".")[2] for name in model.peft_config["default"].target_modules}
@@ -285,28 +297,56 @@ def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
     return model
 
 
-class _Collator:
-    """Pads a batch to its longest row; only completion tokens have labels."""
+def _trainer(job: Job, model: Any, arguments: Any, loss: CompletionLoss) -> "Trainer":
+    """Make the Trainer: batches as configured, each worked through in micro-batches, one mean over its learned tokens.
 
-    def __init__(self, base_folder: Path) -> None:
-        # Padded positions are masked, so any id will do.
-        self.padding = min(end_token_ids(base_folder), default=0)
+    On CUDA a micro-batch has no more rows than ``per_device_train_batch_size``; on a CPU its tokens count.
+    """
+    import torch
+    import transformers
 
-    def __call__(self, samples: list[Sample]) -> dict[str, "torch.Tensor"]:
-        import torch
+    on_cuda = device() == "cuda"
+    budget = None if on_cuda else BUDGET
+    configured = fine_tuning(job).training_args.per_device_train_batch_size  # type: ignore[attr-defined]
+    evaluated: list[torch.Tensor] = []
 
-        width = max(len(sample.ids) for sample in samples)
-        shape = (len(samples), width)
-        ids = torch.full(shape, self.padding)
-        labels = torch.full(shape, _IGNORED)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for row, sample in enumerate(samples):
-            length = len(sample.ids)
-            ids[row, :length] = torch.tensor(sample.ids)
-            learned = torch.tensor(list(sample.learned), dtype=torch.bool)
-            labels[row, :length][learned] = ids[row, :length][learned]
-            mask[row, :length] = 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    class MicroBatches(transformers.Trainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            """Add up the gradients of the micro-batches; return the loss."""
+            if num_items_in_batch is None:
+                num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
+            rows = configured if on_cuda else len(inputs["labels"])
+            total = torch.zeros((), device=model.device)
+            for group in micro_batches(inputs, budget=budget, rows=rows):
+                total += super().training_step(model, group, num_items_in_batch)
+            return total
+
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
+            """Return a micro-batch's part of the mean over the learned tokens of the step."""
+            return loss.part(model, inputs, num_items_in_batch)
+
+        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            """Keep the loss of every learned token; return their mean."""
+            groups = micro_batches(inputs, budget=budget, rows=len(inputs["labels"]))
+            losses = torch.cat([loss.of_tokens(model, group) for group in groups])
+            evaluated.append(losses.cpu())
+            return losses.mean(), None, None
+
+        def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+            """Evaluate; the loss is the mean over all learned tokens, where the Trainer's is one over batches."""
+            evaluated.clear()
+            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+            output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(evaluated).mean().item()
+            return output
+
+    return MicroBatches(
+        model=model,
+        args=arguments,
+        train_dataset=Tokens(job.project.stage_folder("data"), "train"),
+        eval_dataset=Tokens(job.project.stage_folder("data"), "eval") if job.workflow.eval_data else None,
+        data_collator=Collator(job.base_folder),
+        callbacks=[_callback(job)],
+    )
 
 
 def _callback(job: Job) -> Any:
