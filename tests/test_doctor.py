@@ -1,6 +1,7 @@
 """``edgetune doctor``: what it finds of machine, packages, Hub and project, and what it says to do."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -334,6 +335,18 @@ def test_a_containers_limits_count(tmp_path: Path, group: dict[str, str]) -> Non
 
     assert machine.memory_bytes(root) == machine.Memory(4_000_000_000, 1_500_000_000)
     assert machine.cores(root) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's description of the processors")
+def test_hardware_threads_of_a_core_count_once(tmp_path: Path) -> None:
+    """All processors are said to be threads of one core; where nothing is said, each counts."""
+    assert machine.physical_cores(tmp_path) == machine.cores(tmp_path)
+    for number in os.sched_getaffinity(0):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{number}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text("0-99\n", encoding="ascii")
+
+    assert machine.physical_cores(tmp_path) == 1
 
 
 @pytest.mark.parametrize("limit", ["max", "99999999999999999"])

@@ -15,11 +15,11 @@ from edgetune.project import Project
 from edgetune.schema import Workflow
 from edgetune.stages import Job
 
-GPTQ = {"type": "Gptq", "group_size": 32, "data_config": "train_data"}
+GPTQ = {"type": "Gptq", "group_size": 128, "data_config": "train_data"}
 _BUILDER = '    "builder": {'
 _STEP = """    "gptq": {
       "type": "Gptq",
-      "group_size": 32,
+      "group_size": 128,
       "data_config": "calibration_data"
     },
 """

@@ -30,7 +30,7 @@ def crlf(text: str) -> bytes:
 @pytest.mark.parametrize("encode", [str.encode, crlf])
 def test_a_rungs_settings_in_the_workflow_file(fresh: Sandbox, encode: Callable[[str], bytes]) -> None:
     """A key that is there is replaced, others stand behind ``precision``; all other bytes stay."""
-    text = fresh.config.read_text(encoding="utf-8").replace('"int4_block_size": 32', '"int4_algo_config":"rtn"')
+    text = fresh.config.read_text(encoding="utf-8").replace('"int4_block_size": 128', '"int4_algo_config":"rtn"')
     fresh.config.write_bytes(encode(text))
     settings = {"precision": "int4", "int4_algo_config": "k_quant_mixed", "int4_is_symmetric": False}
     target = fresh.config.with_name("new.json")
@@ -67,7 +67,7 @@ def test_interrupted_on_the_ladder(project: Sandbox) -> None:
 def test_the_winner_is_written_into_the_workflow_file(project: Sandbox, encode: Callable[[str], bytes]) -> None:
     """The first rung that holds replaces fp32, no other byte changes, and the export is brought up to date."""
     text = project.config.read_text(encoding="utf-8")
-    text = text.replace('      "int4_block_size": 32,\n      "int4_accuracy_level": 4,\n', "")
+    text = text.replace('      "int4_block_size": 128,\n      "int4_accuracy_level": 4,\n', "")
     project.config.write_bytes(encode(text.replace('"precision": "int4"', '"precision":  "fp32"')))
 
     result = project.run("export", "--auto", "--json")

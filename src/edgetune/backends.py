@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune import preflight
+from edgetune import machine, preflight
 from edgetune.base_model import trusts_code
 from edgetune.errors import EdgetuneError, failure, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
@@ -250,7 +250,10 @@ def load_exported(folder: Path, *, where: str = "", hint: str = "run `edgetune e
     if device == "cuda":
         _load_cuda_libraries()
     try:
-        return og.Model(str(folder))
+        config = og.Config(str(folder))
+        if device == "cpu":
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": _threads(folder)}}}))
+        return og.Model(config)
     except RuntimeError as error:  # the only type the library has
         said = (str(error).splitlines() or [""])[0]
         if device == "cpu":
@@ -261,12 +264,25 @@ def load_exported(folder: Path, *, where: str = "", hint: str = "run `edgetune e
 
 
 def _device(folder: Path) -> str:
+    providers = _session_options(folder).get("provider_options", [])
+    return next((name for entry in providers for name in entry if name in DEVICES), "cpu")
+
+
+def _threads(folder: Path) -> dict[str, int]:
+    """Return the session option for the number of threads, unless the model's own file has it.
+
+    ONNX Runtime's own choice was seen to be one thread on a virtual machine with two cores: half the speed.
+    """
+    option = "intra_op_num_threads"
+    return {} if option in _session_options(folder) else {option: machine.physical_cores()}
+
+
+def _session_options(folder: Path) -> dict[str, Any]:
     config = read_json(folder / GENAI_CONFIG) or {}
     try:
-        providers = config["model"]["decoder"]["session_options"]["provider_options"]
-    except (KeyError, TypeError):
-        return "cpu"
-    return next((name for entry in providers for name in entry if name in DEVICES), "cpu")
+        return dict(config["model"]["decoder"]["session_options"])
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _load_cuda_libraries() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import config, export, olive_process, verify
+from edgetune.architectures import BUILDERS_BLOCK
 from edgetune.backends import OnnxBackend
 from edgetune.checks.answers import quantisation
 from edgetune.errors import GateError, Problem, failure
@@ -23,7 +24,6 @@ from edgetune.source import Edit, JsonSource, write_edits
 from edgetune.stages import Job, partial_folder, read_json, run_lock
 
 _CALIBRATION, _CALIBRATION_ROWS = "calibration_data", 128
-_BLOCK = 32  # the builder's own
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,15 @@ def rungs(job: Job) -> Iterator[Rung]:
     """Yield what is tried: smallest first, and at last what takes long to make and more than the builder."""
     given = job.workflow.builder.int4_algo_config
     plain = "default" if given else None
-    if (read_json(export.source_folder(job) / "config.json") or {}).get("tie_word_embeddings"):
+    shape = read_json(export.source_folder(job) / "config.json") or {}
+    if shape.get("tie_word_embeddings"):
         plain = "rtn"  # the one of the two that keeps embeddings which are the head's weights in 4 bits as well
     int4: dict[str, Any] = {"precision": "int4"}
     if job.workflow.builder.int4_is_symmetric is False:  # of an earlier climb, or larger than need be
         int4 |= {"int4_is_symmetric": True}
+    block = job.workflow.builder.int4_block_size or BUILDERS_BLOCK
+    if any(size % block for size in (shape.get("hidden_size", 0), shape.get("intermediate_size", 0))):
+        int4 |= {"int4_block_size": BUILDERS_BLOCK}  # neither shared embeddings nor Gptq can end with a part of a block
     settings = int4 | ({"int4_algo_config": plain} if plain else {})
     yield Rung("int4", settings)
     yield Rung("int4, last layer int8", int4 | {"int4_algo_config": "rtn_last"})
@@ -121,14 +125,16 @@ def with_settings(project: Project, rung: Rung, file: Path, candidate: Path) -> 
         elif step[key] != value:
             edits.append(source.replacing(("passes", name, key), value))
     if rung.gptq:
-        edits += _with_gptq(config.load(project), source, name)
+        workflow = config.load(project)
+        block = rung.settings.get("int4_block_size") or workflow.builder.int4_block_size or BUILDERS_BLOCK
+        edits += _with_gptq(workflow, source, name, block)
     write_edits(source, edits, file, candidate)
     return config.load(project, candidate)
 
 
-def _with_gptq(workflow: Workflow, source: JsonSource, builder: str) -> list[Edit]:
+def _with_gptq(workflow: Workflow, source: JsonSource, builder: str, block: int) -> list[Edit]:
     """Return the edits that put a Gptq pass before the builder's, and the data it looks at behind the others."""
-    step = {"type": "Gptq", "group_size": workflow.builder.int4_block_size or _BLOCK, "data_config": _CALIBRATION}
+    step = {"type": "Gptq", "group_size": block, "data_config": _CALIBRATION}
     edits = [source.adding_before(("passes", builder), ("gptq", step))]
     if _CALIBRATION not in (data.name for data in workflow.data_configs):
         given = source.data["data_configs"][workflow.data_configs.index(workflow.train_data)]

@@ -102,6 +102,23 @@ def cores(root: Path = _ROOT) -> int:
     return count
 
 
+def physical_cores(root: Path = _ROOT) -> int:
+    """Return how many cores this process may use, where two hardware threads of one core count once.
+
+    They share the units that multiply. Outside Linux they are not told apart.
+    """
+    count = cores(root)
+    if sys.platform != "linux":
+        return count
+    processors = root / "sys/devices/system/cpu"
+    siblings = set()
+    with suppress(OSError):
+        for number in os.sched_getaffinity(0):
+            siblings.add((processors / f"cpu{number}/topology/thread_siblings_list").read_text(encoding="ascii"))
+        return min(count, len(siblings))
+    return count
+
+
 def processor(root: Path = _ROOT) -> str:
     """Return the processor's name, or at least its architecture."""
     name = _cpu_info(root).get("model name", "") or (_sysctl("-n", "machdep.cpu.brand_string") if _is_mac() else "")
