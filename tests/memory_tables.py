@@ -1,10 +1,9 @@
 """The tables of docs/memory.md, made from preflight's formulas; `python tests/memory_tables.py` writes them anew."""
 
-import importlib.util
+import importlib
 import json
 import re
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ PAGE = ROOT / "docs/memory.md"
 MEASURED = ROOT / "tests/benchmarks/preflight.jsonl"
 ROW_TOKENS = 512
 GIGABYTES = (8, 16, 24)
-SHARD = 5_000_000_000
-"""The largest file that published models are cut into."""
 
 # Published: hidden size, layers, heads, key-value heads, size of a head, intermediate size, vocabulary, tied.
 CATALOGUE = {
@@ -39,10 +36,9 @@ CATALOGUE = {
 
 def rendered(model: str) -> Plan:
     """Return what the template renders for a model, with rows of ROW_TOKENS."""
-    shape = Shape(*CATALOGUE[model], dtype="bfloat16")
     fused = model.startswith("microsoft/")
     return Plan(
-        replace(shape, shard=min(shape.stored, SHARD)),
+        Shape(*CATALOGUE[model], dtype="bfloat16"),
         method="LoRA",
         dtype="bfloat16",
         r=64,
@@ -52,8 +48,6 @@ def rendered(model: str) -> Plan:
         accumulation=4,
         checkpointing=False,
         longest=ROW_TOKENS,
-        eval_batch=1,
-        eval_longest=ROW_TOKENS,
     )
 
 
@@ -93,13 +87,8 @@ def measured_table() -> str:
 @cache
 def bench() -> Any:
     """Return the script that measures, as a module."""
-    spec = importlib.util.spec_from_file_location("preflight_benchmark", MEASURED.with_suffix(".py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look for it there
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(MEASURED.parent))
+    return importlib.import_module("preflight")
 
 
 def comparisons() -> list[tuple[str, str, float, float]]:

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import matrix
 import memory_tables
 from conftest import Sandbox
 from edgetune import preflight
+from edgetune.batches import BUDGET
 from edgetune.estimate import DISK, MEMORY, Method, Plan, Shape, train_memory
 from edgetune.project import BUILTIN_MODELS
 from hub_server import HubServer
@@ -58,11 +60,13 @@ def plans() -> st.SearchStrategy[Plan]:
 
 @given(plans(), st.sampled_from(["batch", "longest", "r"]), st.integers(1, 100))
 def test_more_to_do_never_takes_less(plan: Plan, name: str, more: int) -> None:
-    """A larger batch, longer rows or a larger adapter take more memory; a larger adapter takes more disk."""
+    """Longer rows or a larger adapter take more memory, more rows do up to a micro-batch; an adapter takes disk."""
     larger = dataclasses.replace(plan, **{name: getattr(plan, name) + more})
     assert train_memory(larger) >= train_memory(plan)
+    full = plan.batch * plan.accumulation * plan.longest >= BUDGET
     if plan.dtype == "bfloat16":  # float32 may be at its peak while the weights are read
-        assert train_memory(larger) > train_memory(plan)
+        grows = name == "r" or (larger.longest > max(plan.longest, BUDGET) if full else True)
+        assert (train_memory(larger) > train_memory(plan)) == grows
     assert DISK["train"](larger) >= DISK["train"](plan)
 
 
@@ -84,8 +88,6 @@ def test_named_settings_really_fit(plan: Plan, available: int) -> None:
         settings = dict(part.split(" ") for part in told.split(", ") if told)
         named = {
             "gradient_checkpointing": ("checkpointing", bool),
-            "per_device_train_batch_size": ("batch", int),
-            "gradient_accumulation_steps": ("accumulation", int),
             "torch_dtype": ("dtype", str),
             "type": ("method", str),
             "max_seq_len": ("longest", int),
@@ -157,6 +159,26 @@ def test_what_cannot_fit_is_refused_before_torch(fresh: Sandbox) -> None:
     assert f"fine-tuning/olive-config.json:{line}: training edgetune/tiny-phi3 needs about" in result.stderr
     assert "no setting makes it fit" in result.stderr
     assert "of disk space" in result.stderr
+    assert not (fresh.root / "gen-model/adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_block_size_that_cannot_run_is_refused_before_training(fresh: Sandbox) -> None:
+    """Embeddings that are the output layer, too, lie in blocks: the model would fail at its first token."""
+    case = next(case for case in matrix.CASES if case.name == "llama-tied")
+    matrix.random_model(
+        matrix.SMALL | case.config | {"hidden_size": 192, "num_attention_heads": 4},
+        fresh.root / "model-cache/acme/tied",
+    )
+    fresh.edit(lambda c: c["input_model"].update(model_path="../model-cache/acme/tied"))
+    fresh.edit(lambda c: c["passes"]["lora"].update(target_modules=["q_proj"]))
+    fresh.edit(lambda c: c["passes"]["builder"].update(int4_algo_config="rtn"))
+
+    result = fresh.run("finetune")
+
+    assert result.returncode == 1
+    assert "int4_block_size 128 does not divide the 192 numbers of an embedding" in result.stderr
+    assert "write 32, or leave out int4_algo_config" in result.stderr
     assert not (fresh.root / "gen-model/adapter").exists()
 
 

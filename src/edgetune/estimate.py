@@ -8,6 +8,9 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from edgetune.batches import BUDGET
+from edgetune.loss import LOGITS_BYTES
+
 Method = Literal["LoRA", "QLoRA", "DoRA", "none"]
 Dtype = Literal["bfloat16", "float32"]
 
@@ -20,22 +23,20 @@ FRAGMENTS = {"LoRA": 1.4, "DoRA": 1.4, "QLoRA": 2.2, "none": 1.0}
 
 QLoRA makes and drops a float copy of every matrix on the way.
 """
-LOGIT_BYTES = 12
-"""Per position and word of the vocabulary at the start of the backward pass: the probabilities, and two gradients of
-their size (cross entropy's and the softmax's), all in float32."""
-EVALUATED_LOGIT_BYTES = 8
-"""The same without gradients: the logits in float32 and the probabilities; those in bfloat16 come on top."""
+LOGIT_COPIES = 3
+"""Of a chunk of logits in float32: the probabilities, and two gradients (cross entropy's and the softmax's)."""
 TRAINED_BYTES = 16
 """Per parameter of the adapter: value, gradient, and Adam's two moments, in float32."""
 NF4_BYTES = 0.5 + 4 / 64
 """Per weight of a linear layer under QLoRA: four bits, and a float32 scale for every 64 weights."""
-EXPORT_BYTES = 11
-"""Per weight of the layers, in onnxruntime-genai's builder (measured)."""
-EXPORT_EMBEDDING_BYTES = 21
+QUANTISERS = 500_000_000
+"""The processes that quantise, and the slices they work on (measured with two; four at most)."""
+LOADED_BYTES = 11
+"""Per weight of the layers, where onnxruntime-genai's builder holds the model (measured)."""
+LOADED_EMBEDDING_BYTES = 21
 """Per weight of the embedding, together with the output layer (measured)."""
-INT4_BYTES = 0.5 + 4 / 32 + 0.5 / 32
-"""Per weight in the exported model, with blocks of 32: four bits, a float32 scale and a zero point for each block."""
-
+MERGE_BYTES = 100_000_000
+"""Some rows of a matrix in float32 or float64 and the adapter's two factors of it (measured)."""
 GFLOPS = {
     "bfloat16": {"amx_bf16": 150, "avx512_bf16": 60, "bf16": 40, "avx512f": 12, "": 5},
     "float32": {"avx512f": 40, "avx2": 25, "": 10},
@@ -60,11 +61,9 @@ class Shape:
     """Whether the output layer is the embedding."""
     dtype: str
     """Of the published weights."""
-    shard: int | None = None
-    """The largest file of weights; None: not known before the download."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], shard: int | None = None) -> "Shape | None":
+    def of(cls, config: Mapping[str, Any]) -> "Shape | None":
         """Read a config.json; None when it does not name its sizes as the exportable architectures do."""
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
         sizes = [config.get(name) for name in names]
@@ -82,7 +81,6 @@ class Shape:
             vocabulary,
             bool(config.get("tie_word_embeddings", gemma)),
             str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
-            shard,
         )
 
     @property
@@ -141,12 +139,15 @@ class Plan:
     """Tokens of the longest row of the training data."""
     rows: int = 0
     """Of the training data; 0: not known."""
-    eval_batch: int = 1
-    eval_longest: int = 0
-    """0: no evaluation data."""
     tokens: int = 0
     """That training reads in all, over all epochs."""
+    learned: int = 0
+    """Of these."""
     precision: str = "int4"
+    block: int = 32
+    """Weights that share a scale in int4."""
+    streamed: bool = True
+    """Whether the export leaves the weights in their files."""
 
     @property
     def trained(self) -> int:
@@ -171,53 +172,54 @@ class Plan:
         """What the backward pass needs of one layer, per token.
 
         Both norms keep their input in float32; attention keeps queries, keys, values and its result; the gated MLP
-        keeps its two halves and the activated one. Every matrix with LoRA keeps its input and the dropout's noise in
-        float32, and the r numbers between A and B; with DoRA its output twice as well. Frozen matrices keep nothing:
-        only their weights are needed.
+        keeps its two halves and the activated one. Every matrix with LoRA keeps its input in float32, a byte of
+        dropout for each number of it, and the r numbers between A and B; with DoRA its output twice as well. Frozen
+        matrices keep nothing: only their weights are needed.
         """
         shape, size = self.shape, SIZE[self.dtype]
         attention = 2 * (shape.heads + shape.kv_heads) * shape.head_size
         base = 8 * shape.hidden + size * (attention + 3 * shape.intermediate)
         magnitude = 8 if self.method == "DoRA" else 0
-        inputs = 8 if self.dropout else 4
+        inputs = 5 if self.dropout else 4
         return base + sum(inputs * one + 4 * self.r + magnitude * other for one, other in self.adapted)
 
 
 def train_memory(plan: Plan) -> float:
-    """Return the peak of training: the start of the backward pass through the longest batch, or loading the weights.
+    """Return the peak of training: the start of the backward pass through a micro-batch, or loading the weights.
 
     With gradient checkpointing a layer keeps its input only; one layer at a time is computed again. Weights of the
     dtype they are published in are used as they lie in the file; for another one they are there twice for a while.
+    Evaluation keeps nothing and needs less.
     """
     shape, size = plan.shape, SIZE[plan.dtype]
-    tokens = min(plan.batch, plan.rows or plan.batch) * plan.longest
+    rows = plan.batch * plan.accumulation
+    tokens = max(plan.longest, min(min(rows, plan.rows or rows) * plan.longest, BUDGET))
     if plan.checkpointing:
         kept = size * shape.hidden * shape.layers + plan.layer_activations
     else:
         kept = plan.layer_activations * shape.layers
-    logits = LOGIT_BYTES * shape.vocabulary
-    evaluated = plan.eval_batch * plan.eval_longest * shape.vocabulary * (EVALUATED_LOGIT_BYTES + size % 4)
-    longest = max(tokens * (FRAGMENTS[plan.method] * kept + logits), evaluated)
+    logits = LOGIT_COPIES * min(max(LOGITS_BYTES, 4 * shape.vocabulary), 4 * shape.vocabulary * tokens)
     read = 0 if plan.dtype == shape.dtype or plan.method == "QLoRA" else shape.stored
-    return LIBRARIES + plan.weights + max(read, TRAINED_BYTES * plan.trained + longest)
+    held = TRAINED_BYTES * plan.trained + FRAGMENTS[plan.method] * tokens * kept + logits
+    return LIBRARIES + plan.weights + max(read, held)
 
 
 def merge_memory(plan: Plan) -> float:
-    """Return the peak of merging: the largest file of weights, as it was and (what the adapter changes) as it becomes.
-
-    The adapter is held as a whole.
-    """
-    shape = plan.shape
-    shard = shape.shard or shape.stored
-    changed = shape.layers * sum(one * other for one, other in plan.adapted) * SIZE.get(shape.dtype, 2)
-    return LIBRARIES + shard + min(changed, shard) + 4 * plan.trained
+    """Return the peak of merging: the weights go by some rows at a time, for QLoRA in 4 bits a whole matrix as well."""
+    largest = max(one * other for one, other in plan.shape.linear_layers.values())
+    return LIBRARIES + MERGE_BYTES + (NF4_BYTES * largest if plan.method == "QLoRA" else 0)
 
 
 def export_memory(plan: Plan) -> float:
-    """Return the peak of the model builder, which loads the whole model."""
+    """Return the peak of the export: while matrices are quantised, or when the result is loaded as a check.
+
+    The weights themselves stay in their files, unless the builder or another tool has to load the whole model.
+    """
     shape = plan.shape
-    embedding = shape.vocabulary * shape.hidden
-    return LIBRARIES + EXPORT_BYTES * shape.linear_parameters + EXPORT_EMBEDDING_BYTES * embedding
+    if not plan.streamed:
+        embedding = shape.vocabulary * shape.hidden
+        return LIBRARIES + LOADED_BYTES * shape.linear_parameters + LOADED_EMBEDDING_BYTES * embedding
+    return LIBRARIES + max(QUANTISERS, exported_bytes(plan))
 
 
 def verify_memory(plan: Plan) -> float:
@@ -229,7 +231,7 @@ def exported_bytes(plan: Plan) -> float:
     """Return the size of the exported model: the embedding stays float32, the output layer does not."""
     shape = plan.shape
     embedding = shape.vocabulary * shape.hidden
-    size = {"int4": INT4_BYTES, "fp32": 4}.get(plan.precision, 2)
+    size = {"int4": 0.5 + 4 / plan.block, "fp32": 4}.get(plan.precision, 2)
     return 4 * embedding + size * (shape.linear_parameters + embedding)
 
 
@@ -240,7 +242,7 @@ DISK: dict[str, Callable[[Plan], float]] = {
     # The adapter, and while it is trained up to three checkpoints with Adam's moments.
     "train": lambda plan: (4 + 3 * 12) * plan.trained,
     "merge": lambda plan: plan.shape.stored,
-    "export": exported_bytes,
+    "export": lambda plan: 2 * exported_bytes(plan),  # quantised weights are put aside first
 }
 """What every step writes."""
 
@@ -253,8 +255,11 @@ def gflops(dtype: Dtype, features: Container[str]) -> float:
 def seconds(plan: Plan, rate: float) -> dict[str, float]:
     """Return the time of the long steps at a rate in GFLOP/s, good to a factor of two or three.
 
-    A forward pass takes 2 operations per parameter and token, and so does the gradient of the activations; that of the
-    weights is needed for the adapter only. With checkpointing the forward pass is made twice.
+    A forward pass takes 2 operations per parameter of the layers and token, and so does the gradient of the
+    activations; that of the weights is needed for the adapter only. With checkpointing the forward pass is made twice.
+    The output layer is needed for the learned tokens only.
     """
-    operations = (6 if plan.checkpointing else 4) * plan.shape.parameters * plan.tokens
+    shape = plan.shape
+    output = 4 * shape.vocabulary * shape.hidden * plan.learned
+    operations = (6 if plan.checkpointing else 4) * shape.linear_parameters * plan.tokens + output
     return {"train": operations / (1e9 * rate), "export": EXPORT_SECONDS * plan.shape.parameters}

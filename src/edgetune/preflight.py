@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rich.filesize import decimal
 
 from edgetune import estimate, installed, machine
+from edgetune.architectures import BUILDERS_BLOCK, largest_block
 from edgetune.base_model import read_config
 from edgetune.errors import Problem, refuse
 from edgetune.estimate import Dtype, Plan, Shape
@@ -30,8 +31,6 @@ _KEYS = {
     "method": "type",
     "dtype": "torch_dtype",
     "checkpointing": "gradient_checkpointing",
-    "batch": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
     "longest": "max_seq_len",
 }
 """How the workflow file calls what may be changed."""
@@ -115,7 +114,9 @@ def check(job: Job, steps: Sequence[str]) -> None:
         reasons = decided.reasons if "train" in steps else ()
     available, free = limit(), machine.disk_free(job.project.results)
     problems = [*_memory_problems(job, plan, steps, available, _CLEARLY), *_disk_problems(job, plan, steps, free)]
-    refuse([*problems, *(_device_problems(job) if {"train", "export"} <= {*steps} else ())])
+    if "export" in steps:
+        problems += [*_block_problems(job), *(_device_problems(job) if "train" in steps else ())]
+    refuse(problems)
     job.progress.say(f"preflight {_summary(plan, steps)}")
     for reason in reasons:
         job.progress.say(f"preflight {reason}")
@@ -129,7 +130,7 @@ def download_problems(job: Job, folder: Path) -> list[Problem]:
     if plan is None:
         return []
     dtype = _settings(job, plan).dtype if job.workflow.tuning else plan.dtype
-    plan = replace(plan, dtype=dtype, checkpointing=True, batch=1, longest=1, eval_longest=0)
+    plan = replace(plan, dtype=dtype, checkpointing=True, batch=1, accumulation=1, longest=1)
     return _memory_problems(job, plan, job.ahead, limit(), _CLEARLY)
 
 
@@ -144,21 +145,20 @@ def _fits(plan: Plan, step: str, available: float | None, share: float = 1) -> b
 
 
 def alternatives(plan: Plan) -> Iterator[Plan]:
-    """Yield plans with ever more of the settings that save memory in training. The effective batch stays what it is.
+    """Yield plans with ever more of the settings that save memory in training.
 
-    What costs least comes first: time, then precision, then rows.
+    The batch is not one of them: its rows are worked through in micro-batches of a limited size. What costs least
+    comes first: time, then precision, then rows.
     """
     if plan.method == "none":
         return
     if not plan.checkpointing:
         yield (plan := replace(plan, checkpointing=True))
-    while plan.batch > 1:
-        factor = next(number for number in range(2, plan.batch + 1) if plan.batch % number == 0)
-        yield (plan := replace(plan, batch=plan.batch // factor, accumulation=plan.accumulation * factor))
     if plan.dtype == "float32":
         yield (plan := replace(plan, dtype="bfloat16"))
-    if plan.method == "LoRA":
-        yield (plan := replace(plan, method="QLoRA"))
+    quantised = replace(plan, method="QLoRA")
+    if plan.method == "LoRA" and estimate.train_memory(quantised) < estimate.train_memory(plan):
+        yield (plan := quantised)
     while plan.longest > _SHORTEST:
         yield (plan := replace(plan, longest=max(plan.longest // 2, _SHORTEST)))
 
@@ -167,8 +167,8 @@ def fitting(plan: Plan, step: str, available: float) -> Plan | None:
     """Return the first of the alternatives that fits, without those of its settings that are not needed for it."""
     found = next((changed for changed in alternatives(plan) if _fits(changed, step, available)), None)
     if found is not None:
-        for names in (("checkpointing",), ("batch", "accumulation"), ("dtype",), ("method",)):
-            reverted = replace(found, **{name: getattr(plan, name) for name in names})
+        for name in ("checkpointing", "dtype", "method"):
+            reverted = replace(found, **{name: getattr(plan, name)})
             found = reverted if _fits(reverted, step, available) else found
     return found
 
@@ -228,6 +228,21 @@ def _device_problems(job: Job) -> list[Problem]:
     return [Problem(message, job.workflow.where("systems"), hint)]
 
 
+def _block_problems(job: Job) -> list[Problem]:
+    """Return whether the exported model could not be run for its block size, which only its first token would show."""
+    builder, config = job.workflow.builder, read_config(job.base_folder)
+    block = builder.int4_block_size or BUILDERS_BLOCK
+    shared = config.get("tie_word_embeddings") and (builder.int4_algo_config or "default") != "default"
+    if not shared or largest_block(config, block) == block:
+        return []
+    message = (
+        f"int4_block_size {block} does not divide the {config['hidden_size']} numbers of an embedding, which is the "
+        f"output layer, too: {builder.int4_algo_config} cannot quantise it"
+    )
+    where = job.workflow.where_in_pass("ModelBuilder", "int4_block_size")
+    return [Problem(message, where, f"write {largest_block(config, block)}, or leave out int4_algo_config")]
+
+
 def _disk_problems(job: Job, plan: Plan, steps: Sequence[str], free: int) -> list[Problem]:
     needed = _disk(plan, steps)
     if needed <= free:
@@ -277,17 +292,20 @@ def _plan(job: Job, folder: Path) -> Plan | None:
 
     None for a base model of unknown architecture.
     """
-    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
     config = read_config(folder)
-    shape = Shape.of(config, max(files, default=None))
+    shape = Shape.of(config)
     if shape is None:
         return None
-    precision = job.workflow.builder.precision
+    builder = job.workflow.builder
+    exported: dict[str, Any] = {"precision": builder.precision, "block": builder.int4_block_size or BUILDERS_BLOCK}
+    exported["streamed"] = not (
+        job.workflow.gptq or builder.use_qdq or set(builder.int4_op_types_to_quantize or ()) - {"MatMul"}
+    )
     if (tuning := job.workflow.tuning) is None:
-        return Plan(shape, "none", "float32" if shape.dtype == "float32" else "bfloat16", precision=precision)
+        return Plan(shape, "none", "float32" if shape.dtype == "float32" else "bfloat16", **exported)
     arguments: Any = tuning.training_args
     sets = (read_manifest(job.project.stage_folder("data")) or {"metrics": {"sets": {}}})["metrics"]["sets"]
-    rows, evaluated = sets.get("train", {}), sets.get("eval", {})
+    rows = sets.get("train", {})
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     samples = rows.get("samples", 0)
     share = arguments.num_train_epochs
@@ -305,8 +323,7 @@ def _plan(job: Job, folder: Path) -> Plan | None:
         checkpointing=bool(arguments.gradient_checkpointing),
         longest=rows.get("longest", 1),
         rows=samples,
-        eval_batch=arguments.per_device_eval_batch_size,
-        eval_longest=evaluated.get("longest", 0),
         tokens=round(share * rows.get("tokens", 0)),
-        precision=precision,
+        learned=round(share * rows.get("learned_tokens", 0)),
+        **exported,
     )

@@ -7,50 +7,24 @@ published ones, which docs/memory.md shows and a test compares with today's form
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
+from common import BUILT_IN, REPOSITORY, measured, sizes, write_model
 from copier import run_copy
 
 from edgetune.estimate import MEMORY, Plan, Shape
 
-REPOSITORY = Path(__file__).parents[2]
-BUILT_IN = REPOSITORY / "src/edgetune/builtin/tiny-phi3"
-FOLDERS = {"train": "adapter", "merge": "merged", "export": "onnx.candidate"}
+COMMANDS = ("merge", "export", "verify")
 SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*SPLIT, "gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj")
-WRITE_MODEL = """
-import json, sys
-import torch, transformers
-
-values = json.loads(sys.argv[1])
-torch.set_default_dtype(torch.bfloat16)
-config = transformers.AutoConfig.for_model(pad_token_id=0, bos_token_id=0, eos_token_id=0, **values)
-transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(sys.argv[2])
-"""
-
-
-def sizes(kind: str, *numbers: int, tied: bool) -> dict[str, Any]:
-    """Return a configuration from hidden size, layers, heads, key-value heads, intermediate size and vocabulary."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    config = dict(zip((*names, "vocab_size"), numbers, strict=True))
-    return {"model_type": kind, "tie_word_embeddings": tied, "max_position_embeddings": 4096, **config}
-
-
-# The sizes of SmolLM2, Qwen2.5 and TinyLlama; the last is a Phi-3 of 0.4 billion parameters, for its fused layers.
-MODELS = {
-    "135M": sizes("llama", 576, 30, 9, 3, 1536, 49152, tied=True),
-    "360M": sizes("llama", 960, 32, 15, 5, 2560, 49152, tied=True),
-    "0.5B": sizes("qwen2", 896, 24, 14, 2, 4864, 151936, tied=True),
-    "1.1B": sizes("llama", 2048, 22, 32, 4, 5632, 32000, tied=False),
-    "phi3": sizes("phi3", 1536, 12, 16, 16, 4096, 32064, tied=False),
-}
+# Those of the other benchmarks, and a Phi-3 of 0.4 billion parameters for its fused layers.
+MODELS = common.MODELS | {"phi3": sizes("phi3", 1536, 12, 16, 16, 4096, 32064, tied=False)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +89,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             project = Path(scratch) / "my-slm"
             prepare(project, case)
-            found = measured(project, case)
+            found = peaks(project, case)
         print(case.name)
         for step, peak in found["peaks"].items():
             estimated = MEMORY[step](case.plan(found["longest"]))
@@ -130,8 +104,7 @@ def prepare(project: Path, case: Case) -> None:
     answers = {"base_model": "custom", "custom_model": f"random/{case.model}", "prompt_format": "phi3"}
     run_copy(str(REPOSITORY), project, data=answers, defaults=True, quiet=True, vcs_ref="HEAD")
     folder = project / "model-cache/random" / case.model
-    command = [sys.executable, "-c", WRITE_MODEL, json.dumps(MODELS[case.model]), str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    write_model(MODELS[case.model], folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (folder / name).write_bytes((BUILT_IN / name).read_bytes())
     row = {"phrase": " ".join(["the"] * (case.length - 16)), "tone": "joy"}
@@ -152,23 +125,25 @@ def prepare(project: Path, case: Case) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def measured(project: Path, case: Case) -> dict[str, Any]:
-    """Run the steps; return their peaks in bytes and the length of the rows. Raises CalledProcessError."""
-    rows = ["--rows", "2"] if case.last == "verify" else []
-    command = [sys.executable, "-m", "edgetune", case.last, *rows]
-    run = subprocess.run(
-        command, cwd=project, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
-    )
-    if run.returncode not in (0, 3):  # random weights do not pass verification
-        sys.stderr.write(run.stderr)
-        run.check_returncode()
-    results = project / "gen-model"
+def peaks(project: Path, case: Case) -> dict[str, Any]:
+    """Run the steps; return their peaks in bytes and the length of the rows. Raises CalledProcessError.
+
+    Training and merging share a process, as in `edgetune finetune`. The peak of the export has the processes in it
+    which quantise.
+    """
+    results, found = project / "gen-model", {}
+    for step in COMMANDS[: COMMANDS.index(case.last) + 1]:
+        rows = ["--rows", "2"] if step == "verify" else []
+        command = [sys.executable, "-m", "edgetune", step, *rows]
+        _, megabytes = measured(command, project, accepted=(0, 3), HF_HUB_OFFLINE="1")  # random weights are rejected
+        if step == "export":
+            found[step] = round(1e6 * megabytes)
+    places = {"train": "adapter/manifest.json", "merge": "merged/manifest.json", "verify": "verify.json"}
+    for step, place in places.items():
+        if (results / place).is_file():
+            found[step] = round(read(results / place)["peak_rss_mb"] * 2**20)
     data = read(results / "data/manifest.json")
-    places = {step: results / name / "manifest.json" for step, name in FOLDERS.items()}
-    if case.last == "verify":
-        places |= {"export": results / "onnx.rejected/manifest.json", "verify": results / "verify.json"}
-    peaks = {step: round(read(path)["peak_rss_mb"] * 2**20) for step, path in places.items() if path.is_file()}
-    return {"longest": data["metrics"]["sets"]["train"]["longest"], "peaks": peaks}
+    return {"longest": data["metrics"]["sets"]["train"]["longest"], "peaks": found}
 
 
 def read(path: Path) -> Any:
