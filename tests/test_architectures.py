@@ -12,7 +12,7 @@ from edgetune.architectures import EXPORTABLE, builder_input, refusal
 from edgetune.backends import OnnxBackend, TorchBackend
 from edgetune.errors import EdgetuneError
 from edgetune.loading import load_weights
-from edgetune.train import tensor_shapes
+from edgetune.tensors import read_folder
 from matrix import CASES, METHODS, SMALL, Case, random_model
 
 REFUSED = {"olmo", "gpt_oss", "qwen2-yarn"}
@@ -45,7 +45,7 @@ def test_architecture_goes_all_the_way(fresh: Sandbox, page: dict[str, list[str]
     """Training changes every layer, fp32 is what transformers calculates, int4 is close, and the docs say so."""
     row = matrix.run(case, fresh.root, method)
 
-    weights = tensor_shapes(fresh.root / "model-cache/acme" / case.name)
+    weights = read_folder(fresh.root / "model-cache/acme" / case.name)
     layers = {module: sum(name.endswith(f".{module}.weight") for name in weights) for module in case.modules}
     assert not row.refused
     assert row.trained == layers

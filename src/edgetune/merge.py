@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from edgetune.download import digests
 from edgetune.errors import failure, missing_extra
 from edgetune.quantised import Quantisation
-from edgetune.stages import Job, Stage, published
-from edgetune.tensors import HashedFile, Tensor, read_bytes, read_file, read_folder
+from edgetune.stages import HashedFile, Job, Stage, published
+from edgetune.tensors import Tensor, read_bytes, read_file, read_folder
 
 if TYPE_CHECKING:
     import torch

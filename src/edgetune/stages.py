@@ -13,11 +13,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -298,6 +300,40 @@ def peak_memory_mb() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+
+
+class HashedFile:
+    """A file that a thread of its own writes and hashes, while what comes next is made."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._sha256 = path.open("wb"), hashlib.sha256()
+        self._thread, self._last = ThreadPoolExecutor(1), Future[None]()
+        self._last.set_result(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        self._file.close()
+        if kind is None:
+            self._last.result()
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes, which must not change any more. Raises what went wrong with those before."""
+        self._last.result()
+        self._last = self._thread.submit(self._put, data)
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of all that was written."""
+        return self._sha256.hexdigest()
+
+    def _put(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
 
 
 @contextmanager

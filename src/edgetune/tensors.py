@@ -4,15 +4,12 @@ A file is a length (8 bytes, little-endian), a header of that length in JSON, an
 (https://huggingface.co/docs/safetensors). Files are read, not mapped: mapped pages count as memory of the process.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -119,37 +116,3 @@ def read_bytes(path: Path, start: int, end: int) -> Iterator[memoryview]:
                 raise EOFError(path)
             start += len(data)
             yield memoryview(data)
-
-
-class HashedFile:
-    """A file that a thread of its own writes and hashes, while what comes next is made."""
-
-    def __init__(self, path: Path) -> None:
-        self._file, self._sha256 = path.open("wb"), hashlib.sha256()
-        self._thread, self._last = ThreadPoolExecutor(1), Future[None]()
-        self._last.set_result(None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown()
-        self._file.close()
-        if kind is None:
-            self._last.result()
-
-    def write(self, data: memoryview) -> None:
-        """Append bytes, which must not change any more. Raises what went wrong with those before."""
-        self._last.result()
-        self._last = self._thread.submit(self._put, data)
-
-    @property
-    def sha256(self) -> str:
-        """The sha256 of all that was written."""
-        return self._sha256.hexdigest()
-
-    def _put(self, data: memoryview) -> None:
-        self._file.write(data)
-        self._sha256.update(data)

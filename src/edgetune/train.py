@@ -4,7 +4,6 @@ PEFT's LoRA on a transformers Trainer, with the loss on completions only; for QL
 interrupted run continues from its last whole checkpoint.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from edgetune.stages import (
     release_memory,
     write_json,
 )
+from edgetune.tensors import read_folder
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -154,8 +154,8 @@ def check_target_modules(job: Job) -> None:
     """Raise EdgetuneError when a name in ``target_modules`` matches no linear layer, or not that of every layer."""
     modules = {
         name.removesuffix(".weight")
-        for name, shape in tensor_shapes(job.base_folder).items()
-        if name.endswith(".weight") and len(shape) == 2 and "embed" not in name  # noqa: PLR2004 - a linear layer
+        for name, tensor in read_folder(job.base_folder).items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and "embed" not in name  # noqa: PLR2004 - a linear layer
     }
     where = job.workflow.where_in_tuning("target_modules")
     wanted = fine_tuning(job).target_modules or []
@@ -175,19 +175,6 @@ def _mismatch(job: Job, name: str, modules: set[str], where: str) -> Problem | N
         message = f"target_modules: {name!r} matches {len(matched)} of the {len(alike)} layers {leaf!r}"
         return Problem(message, where, f"write {leaf!r} to train it in every layer")
     return None
-
-
-def tensor_shapes(model: Path) -> dict[str, list[int]]:
-    """Return the shapes of the tensors in a model's safetensors files by name.
-
-    Reads only the headers: 8 bytes of length, little-endian, then JSON (the safetensors format).
-    """
-    shapes: dict[str, list[int]] = {}
-    for path in model.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
 
 
 def _training_arguments(job: Job, output: Path, settings: preflight.Settings) -> Any:

@@ -23,7 +23,7 @@ SMALL = ("135M", "360M", "0.5B", "1.1B")
 WRITE = """
 import json, sys, torch, transformers
 from pathlib import Path
-from edgetune.tensors import HashedFile
+from edgetune.stages import HashedFile
 
 def write(path, shapes, dtype, scale):
     kinds = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4)}
