@@ -1,6 +1,7 @@
 """Olive's Gptq pass: in the workflow file, as the last rung of the ladder, and the model that it makes."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -161,7 +162,8 @@ def test_from_the_last_rung_to_a_verified_model(project: Sandbox) -> None:
     result = project.run("finetune")
 
     assert result.returncode == 0, result.stderr
-    assert "export    int4 by Gptq for cpu, 4.3 MB" in result.stderr
+    [megabytes] = re.findall(r"export    int4 by Gptq for cpu, ([\d.]+) MB", result.stderr)
+    assert float(megabytes) < 5
     assert "train     up to date" in result.stderr
     assert "quantisation is harmless" in result.stderr
     assert set(project.steps().values()) == {"up to date"}

@@ -249,7 +249,7 @@ def test_estimate_is_close_to_what_this_machine_takes(tmp_path: Path) -> None:
     bench = memory_tables.bench()
     case = bench.Case("135M", "float32", 2, 128, last="export")
     bench.prepare(tmp_path / "my-slm", case)
-    found = bench.measured(tmp_path / "my-slm", case)
+    found = bench.peaks(tmp_path / "my-slm", case)
     assert set(found["peaks"]) == {"train", "merge", "export"}
     for step, peak in found["peaks"].items():
         assert 0.75 < MEMORY[step](case.plan(found["longest"])) / peak < 1.33, step
