@@ -24,7 +24,7 @@ def section(name: str, result: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in around["versions"].items())
     instructions = ", ".join(around["instructions"])
     machine = f"{around['processor']}, {around['cores']} cores ({instructions}), {around['memory_gb']} GB"
-    return f"{importlib.import_module(name).table(result['numbers'])}\n\n*{around['day']}: {machine}; {versions}*"
+    return f"{importlib.import_module(name.partition("-")[0]).table(result['numbers'])}\n\n*{around['day']}: {machine}; {versions}*"
 
 
 def page() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from copier import run_copy
 
 from edgetune import machine
 
@@ -25,7 +26,7 @@ CONSTRAINTS = REPOSITORY / "src/edgetune/constraints.txt"
 ENVIRONMENTS = REPOSITORY / ".bench"
 
 _POLL_SECONDS = 0.02
-_SHARD = 2_000_000_000  # bytes
+FILE_BYTES = 2_000_000_000
 _WRITE_MODEL = """
 import json, sys
 from pathlib import Path
@@ -80,10 +81,24 @@ MODELS = {
 }
 
 
-def write_model(config: dict[str, Any], folder: Path) -> None:
-    """Write a model with random bfloat16 weights (seed 0), in files of at most 2 GB or one tensor."""
-    command = [sys.executable, "-c", _WRITE_MODEL, json.dumps(config), str(folder), str(_SHARD)]
+def write_model(name: str, folder: Path, file_bytes: int = FILE_BYTES) -> None:
+    """Write a model of MODELS with random bfloat16 weights (seed 0) and the built-in model's tokenizer.
+
+    Its files have at most so many bytes, or one tensor.
+    """
+    command = [sys.executable, "-c", _WRITE_MODEL, json.dumps(MODELS[name]), str(folder), str(file_bytes)]
     subprocess.run(command, check=True, capture_output=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / file).write_bytes((BUILT_IN / file).read_bytes())
+
+
+def random_project(project: Path, model: str, **answers: str) -> Path:
+    """Render a project whose base model has random weights; return that model's folder."""
+    answers |= {"base_model": "custom", "custom_model": f"random/{model}"}
+    run_copy(str(REPOSITORY), project, data=answers, defaults=True, quiet=True, vcs_ref="HEAD")
+    base = project / "model-cache/random" / model
+    write_model(model, base)
+    return base
 
 
 def peer(name: str) -> Path:

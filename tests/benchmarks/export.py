@@ -10,12 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import BUILT_IN, MODELS, REPOSITORY, compared, measured, save, write_model
-from copier import run_copy
+from common import MODELS, compared, measured, random_project, save
 
 BUILDERS_BYTES = 12
 """Of memory for a weight, at least."""
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def main() -> None:
@@ -37,12 +35,7 @@ def main() -> None:
 def compare(name: str, scratch: Path, limit: float) -> dict[str, Any]:
     """Export a model both ways."""
     project = scratch / "my-slm"
-    answers = {"base_model": "custom", "custom_model": f"random/{name}", "prompt_format": "plain", "method": "none"}
-    run_copy(str(REPOSITORY), project, data=answers, defaults=True, quiet=True, vcs_ref="HEAD")
-    base = project / "model-cache/random" / name
-    write_model(MODELS[name], base)
-    for file in TOKENIZER:
-        (base / file).write_bytes((BUILT_IN / file).read_bytes())
+    base = random_project(project, name, prompt_format="plain", method="none")
     parameters = sum(path.stat().st_size for path in base.glob("*.safetensors")) // 2
     edgetune = [sys.executable, "-m", "edgetune"]
     measured([*edgetune, "data"], project)

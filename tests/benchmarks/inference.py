@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import common
-from copier import run_copy
 
 from edgetune import machine
 
-BUILT_IN = common.REPOSITORY / "src/edgetune/builtin/tiny-phi3"
 HERE = Path(__file__).parent
 LLAMA_TYPES = ("Q4_0", "Q4_K_M")
 CASES = ((128, 64), (1024, 64))
@@ -93,7 +91,7 @@ def main() -> None:
             numbers: Any = grid(project, arguments.model, chosen, arguments.rounds)
         else:
             numbers = engines(project, arguments.model, arguments.rounds)
-    print((grid_table if arguments.grid else table)(numbers))
+    print(table(numbers))
     if arguments.save:
         common.save("inference-grid" if arguments.grid else "inference", numbers, *PACKAGES)
 
@@ -105,13 +103,7 @@ def prepared(scratch: Path, model: str, layers: int | None) -> Path:
         whole = common.MODELS[model]
         vocabulary = round(whole["vocab_size"] * layers / whole["num_hidden_layers"] / 32) * 32
         common.MODELS[name] = whole | {"num_hidden_layers": layers, "vocab_size": vocabulary}
-    answers = {"base_model": "custom", "custom_model": f"random/{name}", "method": "none", "prompt_format": "phi3"}
-    run_copy(str(common.REPOSITORY), project, data=answers, defaults=True, quiet=True, vcs_ref="HEAD")
-    folder = base(project)
-    folder.mkdir(parents=True, exist_ok=True)
-    common.write_model(common.MODELS[name], folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (folder / file).write_bytes((BUILT_IN / file).read_bytes())
+    common.random_project(project, name, method="none", prompt_format="phi3")
     return project
 
 
@@ -218,6 +210,11 @@ def grid(project: Path, model: str, settings: list[Setting], rounds: int) -> dic
 
 
 def table(numbers: dict[str, Any]) -> str:
+    """Return what was compared as Markdown: engines or settings."""
+    return settings_table(numbers) if "settings" in numbers else engines_table(numbers)
+
+
+def engines_table(numbers: dict[str, Any]) -> str:
     """Return the comparison of engines as Markdown; in brackets, how many times edgetune's rate or memory."""
     head = ["engine"]
     for prompt, _ in CASES:
@@ -239,7 +236,7 @@ def table(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def grid_table(numbers: dict[str, Any]) -> str:
+def settings_table(numbers: dict[str, Any]) -> str:
     """Return the settings as Markdown; in brackets, their speed as a share of the best one's."""
     seconds = {
         name: sum(s["cases"][0][part] for part in ("first_s", "rest_s")) for name, s in numbers["settings"].items()

@@ -14,64 +14,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import MODELS, save
+from common import FILE_BYTES, MODELS, save, write_model
 
 R = 64
-SHARD = 2_000_000_000
 SMALL = ("135M", "360M", "0.5B", "1.1B")
 
-WRITE = """
+WRITE_ADAPTER = """
 import json, sys, torch, transformers
 from pathlib import Path
-from edgetune.stages import HashedFile
+from safetensors.torch import save_file
 
-def write(path, shapes, dtype, scale):
-    kinds = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4)}
-    kind, size = kinds[dtype]
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + shape.numel() * size
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with HashedFile(path) as file:
-        file.write(memoryview(len(text).to_bytes(8, "little") + text))
-        for shape in shapes.values():
-            tensor = (torch.randn(shape) * scale).to(dtype)
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-
-values, folder, shard, r = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+base, adapter, r = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
 with torch.device("meta"):
-    config = transformers.AutoConfig.for_model(
-        pad_token_id=0, bos_token_id=0, eos_token_id=0, dtype="bfloat16", **values
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
-files, filled = [[]], 0
-for name, shape in shapes.items():
-    if filled and filled + 2 * shape.numel() > shard:
-        files, filled = [*files, []], 0
-    files[-1].append(name)
-    filled += 2 * shape.numel()
-names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
-names = names if len(files) > 1 else ["model.safetensors"]
-base, adapter = folder / "base", folder / "adapter"
-base.mkdir(); adapter.mkdir()
-config.save_pretrained(base)
-for name, held in zip(names, files):
-    write(base / name, {one: shapes[one] for one in held}, torch.bfloat16, 0.02)
-if len(files) > 1:
-    places = {one: name for name, held in zip(names, files) for one in held}
-    index = {"metadata": {"total_size": 2 * sum(s.numel() for s in shapes.values())}, "weight_map": places}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(base))
 layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
 pairs = {}
 for name, layer in layers.items():
-    pairs[f"base_model.model.{name}.lora_A.weight"] = torch.Size((r, layer.in_features))
-    pairs[f"base_model.model.{name}.lora_B.weight"] = torch.Size((layer.out_features, r))
-write(adapter / "adapter_model.safetensors", pairs, torch.float32, 0.02)
+    pairs[f"base_model.model.{name}.lora_A.weight"] = torch.randn(r, layer.in_features) * 0.02
+    pairs[f"base_model.model.{name}.lora_B.weight"] = torch.randn(layer.out_features, r) * 0.02
+adapter.mkdir()
+save_file(pairs, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
 targets = sorted({name.rpartition(".")[2] for name in layers})
 (adapter / "adapter_config.json").write_text(json.dumps(
     {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": r, "target_modules": targets}
@@ -126,19 +89,18 @@ def main() -> None:
     numbers = []
     for name in arguments.models:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-            numbers.append(
-                measure(name, Path(scratch), 10**15 if arguments.one_file else SHARD, ways, arguments.repeat)
-            )
+            file_bytes = 10**15 if arguments.one_file else FILE_BYTES
+            numbers.append(measure(name, Path(scratch), file_bytes, ways, arguments.repeat))
         print(table(numbers[-1:]), flush=True)
     if arguments.save:
         save("merge", numbers, "torch", "transformers", "peft", "safetensors")
 
 
-def measure(name: str, scratch: Path, shard: int, ways: list[str], repeat: int) -> dict[str, Any]:
+def measure(name: str, scratch: Path, file_bytes: int, ways: list[str], repeat: int) -> dict[str, Any]:
     """Merge one model in every way; return seconds and peaks (MB above the imports) by way, and sizes in bytes."""
-    write = [sys.executable, "-c", WRITE, json.dumps(MODELS[name]), str(scratch), str(shard), str(R)]
-    subprocess.run(write, check=True)
     base, adapter = scratch / "base", scratch / "adapter"
+    write_model(name, base, file_bytes)
+    subprocess.run([sys.executable, "-c", WRITE_ADAPTER, str(base), str(adapter), str(R)], check=True)
     files = [path.stat().st_size for path in base.glob("*.safetensors")]
     found: dict[str, Any] = {way: [] for way in (COPY, *ways)}
     for _ in range(repeat):

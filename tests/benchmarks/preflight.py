@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import BUILT_IN, REPOSITORY, measured, sizes, write_model
-from copier import run_copy
+from common import measured, random_project, sizes
 
 from edgetune.estimate import MEMORY, Plan, Shape
 
@@ -101,12 +100,7 @@ def main() -> None:
 
 def prepare(project: Path, case: Case) -> None:
     """Make the project, its base model with random weights, and rows of the wanted length."""
-    answers = {"base_model": "custom", "custom_model": f"random/{case.model}", "prompt_format": "phi3"}
-    run_copy(str(REPOSITORY), project, data=answers, defaults=True, quiet=True, vcs_ref="HEAD")
-    folder = project / "model-cache/random" / case.model
-    write_model(MODELS[case.model], folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (folder / name).write_bytes((BUILT_IN / name).read_bytes())
+    random_project(project, case.model, prompt_format="phi3")
     row = {"phrase": " ".join(["the"] * (case.length - 16)), "tone": "joy"}
     (project / "datasets/train.jsonl").write_text((json.dumps(row) + "\n") * case.batch, encoding="utf-8")
     path = project / "fine-tuning/olive-config.json"

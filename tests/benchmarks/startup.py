@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, save
+from common import BUILT_IN, REPOSITORY, save
 from copier import run_copy
 
-BUILT_IN = REPOSITORY / "src/edgetune/builtin/tiny-phi3"
 BIN = Path(sys.executable).parent
 EDGETUNE = [sys.executable, "-m", "edgetune"]
 COPY = [BIN / "copier", "copy", "--quiet", "--defaults", "--vcs-ref", "HEAD", REPOSITORY]

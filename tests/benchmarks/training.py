@@ -16,10 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import MODELS, REPOSITORY, measured, peer, save, write_model
-from copier import run_copy
+from common import BUILT_IN, MODELS, measured, peer, random_project, save
 
-BUILT_IN = REPOSITORY / "src/edgetune/builtin/tiny-phi3"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LONGEST = 1024
 TEMPLATE = 9  # tokens of the template around both texts
@@ -167,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         numbers = compared(Path(scratch), arguments)
-    print(table([numbers]))
+    print(table(numbers))
     if arguments.save:
         kind = f"{arguments.model}-{arguments.method}-{arguments.answers}".replace(".", "_")
         save(f"training-{kind}", numbers, "torch", "transformers", "peft")
@@ -209,13 +207,7 @@ def compared(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prepared(project: Path, arguments: argparse.Namespace, rows: list[tuple[int, int]]) -> Path:
     """Make the project with a random base model and the rows."""
-    name = f"random/{arguments.model}"
-    answers = {"base_model": "custom", "custom_model": name, "prompt_format": "phi3", "method": arguments.method}
-    run_copy(str(REPOSITORY), project, data=answers, defaults=True, quiet=True, vcs_ref="HEAD")
-    folder = project / "model-cache" / name
-    write_model(arguments.model, folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (folder / file).write_bytes((BUILT_IN / file).read_bytes())
+    random_project(project, arguments.model, prompt_format="phi3", method=arguments.method)
     lines = [
         json.dumps({"phrase": " ".join(["the"] * max(prompt - TEMPLATE, 1)), "tone": " ".join(["the"] * completion)})
         for prompt, completion in rows
@@ -300,26 +292,23 @@ def curve(rows: list[tuple[int, int]]) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(numbers: dict[str, Any]) -> str:
     """Return the numbers as Markdown; ratios are edgetune's to the peer's."""
-    lines = [
-        "| model, method, answers | trained by | rows | samples/s | edgetune is faster | peak | edgetune's peak |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for numbers in results:
-        ours = numbers["runs"]["edgetune"]
-        case = f"{numbers['model']}, {numbers['method']}, {numbers['answers']}"
-        for name, run in numbers["runs"].items():
-            title = f"edgetune, {numbers['dtype']}" if run is ours else name
-            speed, memory = ours["samples"] / run["samples"], ours["peak"] / run["peak"]
-            lines.append(
-                f"| {case} | {title} | {run['rows']} | {run['samples']:.2f} | x{speed:.2f} "
-                f"| {run['peak'] / 1000:.1f} GB | x{memory:.2f} |"
-            )
-        for dtype, rate in numbers["bare"].items():
-            lines.append(f"| {case} | bare products, {dtype} | | {rate:.2f} | x{ours['samples'] / rate:.2f} | | |")
-        lines.append(f"| {case} | largest difference of the loss in 50 steps: {numbers['curve']:.1e} | | | | | |")
-    return "\n".join(lines)
+    ours = numbers["runs"]["edgetune"]
+    head = "| trained by | rows | samples/s | edgetune is faster | peak memory | edgetune's peak |"
+    lines = [head, "|---|--:|--:|--:|--:|--:|"]
+    for name, run in numbers["runs"].items():
+        title = f"edgetune, {numbers['dtype']}" if run is ours else name
+        speed, memory = ours["samples"] / run["samples"], ours["peak"] / run["peak"]
+        ratios = (f"x{speed:.2f}", f"x{memory:.2f}") if run is not ours else ("", "")
+        peak = f"{run['peak'] / 1000:.1f} GB"
+        lines.append(f"| {title} | {run['rows']} | {run['samples']:.3f} | {ratios[0]} | {peak} | {ratios[1]} |")
+    for dtype, rate in numbers["bare"].items():
+        lines.append(f"| bare products, {dtype} | | {rate:.3f} | x{ours['samples'] / rate:.2f} | | |")
+    differs = (
+        f"Losses of 50 steps differ from those of padded batches and full logits by {numbers['curve']:.0e} at most"
+    )
+    return "\n".join(lines) + f"\n\n{differs} (a small model, float32)."
 
 
 if __name__ == "__main__":
