@@ -1,4 +1,7 @@
-"""docs/performance.md from the kept numbers of the benchmarks; `python tests/performance_tables.py` writes it anew."""
+"""docs/performance.md and its plot from the kept numbers of the benchmarks.
+
+`python tests/performance_tables.py` writes both anew.
+"""
 
 import importlib
 import json
@@ -8,11 +11,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/performance.md"
+PLOT = ROOT / "docs/scaling.svg"
 BENCHMARKS = ROOT / "tests/benchmarks"
 
 
 def kept() -> dict[str, Any]:
-    """Return what the benchmarks have saved, by their names."""
+    """Return what the benchmarks have saved, by name: the benchmark's, and what follows a hyphen."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (BENCHMARKS / "results").glob("*.json")}
 
 
@@ -20,11 +24,12 @@ def section(name: str, result: dict[str, Any]) -> str:
     """Return a benchmark's table, and what its numbers belong to."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
+    benchmark = importlib.import_module(name.partition("-")[0])
     around = result["surroundings"]
     versions = ", ".join(f"{package} {version}" for package, version in around["versions"].items())
     instructions = ", ".join(around["instructions"])
     machine = f"{around['processor']}, {around['cores']} cores ({instructions}), {around['memory_gb']} GB"
-    return f"{importlib.import_module(name.partition("-")[0]).table(result['numbers'])}\n\n*{around['day']}: {machine}; {versions}*"
+    return f"{benchmark.table(result['numbers'])}\n\n*{around['day']}: {machine}; {versions}*"
 
 
 def page() -> str:
@@ -37,5 +42,53 @@ def page() -> str:
     return text
 
 
+def plot(results: dict[str, Any]) -> None:
+    """Draw how time and memory grow with the parameters of a model, and with the rows of a data set."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "scaling"  # the same numbers give the same file
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    exports, merges = results["export"]["numbers"], results["merge"]["numbers"]
+    parameters = {entry["model"]: entry["parameters"] for entry in exports}
+    curves = [
+        ("export", "C0o-", [(e["parameters"], *e["edgetune"]) for e in exports]),
+        ("the builder alone", "C0o:", [(e["parameters"], *e["builder"]) for e in exports if "builder" in e]),
+        ("merge", "C1s-", _merging(merges, parameters, "edgetune merge")),
+        ("PEFT", "C1s:", _merging(merges, parameters, "PEFT merge_and_unload, save")),
+    ]
+    _panels(panels[0], "parameters", curves)
+    sets = results["data"]["numbers"]
+    ways = {"data": ("C2^-", "edgetune data"), "datasets and a tokenizer": ("C2^:", "datasets and tokenizer")}
+    curves = [
+        (label, style, [(e["rows"], *e["ways"][way].values()) for e in sets if way in e["ways"]])
+        for label, (style, way) in ways.items()
+    ]
+    _panels(panels[1], "rows", curves)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def _merging(merges: list[dict[str, Any]], parameters: dict[str, int], way: str) -> list[tuple[float, float, float]]:
+    return [
+        (parameters[entry["model"]], entry["ways"][way]["seconds"], entry["ways"][way]["peak_mb"])
+        for entry in merges
+        if way in entry["ways"]
+    ]
+
+
+def _panels(panels: Any, what: str, curves: list[tuple[str, str, list[tuple[float, float, float]]]]) -> None:
+    """Fill a row: seconds on the left, peak memory on the right."""
+    for column, unit in ((1, "seconds"), (2, "peak memory, MB")):
+        panel = panels[column - 1]
+        for label, style, points in curves:
+            panel.loglog([point[0] for point in points], [point[column] for point in points], style, label=label)
+        panel.set(xlabel=what, ylabel=unit)
+        panel.grid(visible=True, which="both", alpha=0.2)
+        panel.legend(fontsize="small")
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    plot(kept())
