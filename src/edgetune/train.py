@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import machine, preflight, trackers
-from edgetune.batches import BUDGET, IGNORED, Collator, micro_batches
-from edgetune.dataset import Tokens
 from edgetune.download import digests
 from edgetune.dropout import replace_dropout
 from edgetune.errors import Problem, failure, missing_extra, refuse
@@ -22,12 +20,10 @@ from edgetune.loss import CompletionLoss
 from edgetune.quantised import Quantisation
 from edgetune.schema import QLoRA
 from edgetune.stages import (
-    MANIFEST,
     Hashes,
     Job,
     Stage,
     is_intact,
-    list_outputs,
     published,
     read_json,
     read_manifest,
@@ -35,6 +31,7 @@ from edgetune.stages import (
     write_json,
 )
 from edgetune.tensors import read_folder
+from edgetune.trainer import make_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -107,7 +104,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     if loss.parts is None:
         job.progress.say("logits are computed at all positions, which takes more time and memory")
     with _argument_errors(job):
-        trainer = _trainer(job, model, arguments, loss)
+        trainer = make_trainer(job, model, arguments, loss)
         trainer.create_optimizer()
     if job.workflow.eval_data is None:
         job.progress.say("no evaluation data: `edgetune data --write-split 0.1` sets some rows aside")
@@ -282,88 +279,6 @@ def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
         f"{trained:,} of {total:,} parameters; {precision} on {device()}, {torch.get_num_threads()} threads"
     )
     return model
-
-
-def _trainer(job: Job, model: Any, arguments: Any, loss: CompletionLoss) -> "Trainer":
-    """Make the Trainer: batches as configured, each worked through in micro-batches, one mean over its learned tokens.
-
-    On CUDA a micro-batch has no more rows than ``per_device_train_batch_size``; on a CPU its tokens count.
-    """
-    import torch
-    import transformers
-
-    on_cuda = device() == "cuda"
-    budget = None if on_cuda else BUDGET
-    configured = fine_tuning(job).training_args.per_device_train_batch_size  # type: ignore[attr-defined]
-    evaluated: list[torch.Tensor] = []
-
-    class MicroBatches(transformers.Trainer):  # type: ignore[misc]
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            """Add up the gradients of the micro-batches; return the loss."""
-            if num_items_in_batch is None:
-                num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
-            rows = configured if on_cuda else len(inputs["labels"])
-            total = torch.zeros((), device=model.device)
-            for group in micro_batches(inputs, budget=budget, rows=rows):
-                total += super().training_step(model, group, num_items_in_batch)
-            return total
-
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
-            """Return a micro-batch's part of the mean over the learned tokens of the step."""
-            return loss.part(model, inputs, num_items_in_batch)
-
-        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-            """Keep the loss of every learned token; return their mean."""
-            groups = micro_batches(inputs, budget=budget, rows=len(inputs["labels"]))
-            losses = torch.cat([loss.of_tokens(model, group) for group in groups])
-            evaluated.append(losses.cpu())
-            return losses.mean(), None, None
-
-        def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-            """Evaluate; the loss is the mean over all learned tokens, where the Trainer's is one over batches."""
-            evaluated.clear()
-            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
-            output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(evaluated).mean().item()
-            return output
-
-    return MicroBatches(
-        model=model,
-        args=arguments,
-        train_dataset=Tokens(job.project.stage_folder("data"), "train"),
-        eval_dataset=Tokens(job.project.stage_folder("data"), "eval") if job.workflow.eval_data else None,
-        data_collator=Collator(job.base_folder),
-        callbacks=[_callback(job)],
-    )
-
-
-def _callback(job: Job) -> Any:
-    """Make the Trainer callback that reports progress and seals checkpoints."""
-    from transformers import TrainerCallback
-
-    class Report(TrainerCallback):  # type: ignore[misc]
-        loss = ""
-
-        def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-            job.progress.say(
-                f"{state.max_steps} steps of {batch} rows, learning rate {args.learning_rate:g} ({schedule})"
-            )
-
-        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "eval_loss" in logs:
-                job.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}", **logs)
-            elif "loss" in logs:
-                self.loss = f"loss {float(logs['loss']):.4f}"
-
-        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-            job.progress.advance(state.global_step, state.max_steps, self.loss)
-
-        def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / MANIFEST, {"key": state.global_step, "outputs": list_outputs(checkpoint)})
-
-    return Report()
 
 
 def _last_whole_checkpoint(job: Job, folder: Path) -> str | None:

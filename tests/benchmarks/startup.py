@@ -23,7 +23,7 @@ from copier import run_copy
 
 BIN = Path(sys.executable).parent
 EDGETUNE = [sys.executable, "-m", "edgetune"]
-COPY = [BIN / "copier", "copy", "--quiet", "--defaults", "--vcs-ref", "HEAD", REPOSITORY]
+COPY = [BIN / "copier", "copy", "--quiet", "--defaults", "--vcs-ref", "HEAD"]
 PEERS: dict[str, list[Any]] = {
     "python -c pass": [sys.executable, "-c", "pass"],
     "hf --help": [BIN / "hf", "--help"],
@@ -42,13 +42,15 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep the numbers for docs/performance.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        project, copy = Path(scratch) / "my-slm", Path(scratch) / "copy"
+        project, copy, template = (Path(scratch) / name for name in ("my-slm", "copy", "template"))
         prepare(project, round(arguments.gigabytes * 1e9))
+        write_template(template)
         commands: dict[str, list[Any]] = {
             "edgetune --help": [*EDGETUNE, "--help"],
             "edgetune status": [*EDGETUNE, "status"],
             "make finetune, up to date": ["make", f"VENV={sys.prefix}", "finetune"],
-            "copier copy": [*COPY, copy],
+            "copier copy": [*COPY, REPOSITORY, copy],
+            "copier copy, a template of one file": [*COPY, template, copy],
             **PEERS,
         }
         times = {
@@ -75,6 +77,15 @@ def prepare(project: Path, ballast: int) -> None:
     subprocess.run([*EDGETUNE, "finetune"], cwd=project, capture_output=True, check=True)
     time.sleep(3)  # files younger than two seconds are read anew
     subprocess.run([*EDGETUNE, "status"], cwd=project, capture_output=True, check=True)
+
+
+def write_template(folder: Path) -> None:
+    """Make the least that copier can copy: a repository with one file."""
+    folder.mkdir()
+    (folder / "README.md").write_text("a file\n", encoding="utf-8")
+    author = ["-c", "user.name=bench", "-c", "user.email=bench@example.org"]
+    for arguments in (["init", "--quiet"], ["add", "README.md"], [*author, "commit", "--quiet", "--message", "a file"]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
 
 
 def timed(command: list[Any], folder: Path, runs: int, before: Callable[[], object]) -> dict[str, float]:
