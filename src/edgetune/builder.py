@@ -11,8 +11,9 @@ import math
 import mmap
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-_SLICE = 4_000_000  # weights at a time: 16 MB in float32, of which the quantiser makes a few copies
+_SLICE = 1_000_000  # weights at a time: the quantiser is quicker with them than with more, up to twice
 _WORTH_PROCESSES = 100_000_000  # weights: below that, starting processes takes longer than they save
 _MOST_PROCESSES = 4  # of about 250 MB: reading the weights keeps no more of them busy
 
@@ -245,13 +246,12 @@ class _Quantiser:
             "algo_config": settings["algo_config"],
         }
         matrix: Any = node.inputs[1]
-        tasks = [
+        tasks = (
             (str(node.name), matrix.name, *_raw(rows), int(model.io_dtype), options)
             for rows in _slices(weight.detach())
-        ]
-        results = (self.executor.map if self.executor else map)(_quantised, tasks)
+        )
         arrays: dict[str, list[np.ndarray]] = {}
-        for made in results:
+        for made in self._results(tasks):
             for name, array in made.tensors.items():
                 arrays.setdefault(name, []).append(array)
         model.model.graph.initializers.pop(matrix.name)
@@ -264,6 +264,19 @@ class _Quantiser:
         node.op_type, node.domain, node.name = made.op_type, made.domain, made.name
         for name, number in (made.attributes | {"N": len(weight)}).items():
             node.attributes[name] = ir.AttrInt64(name, number)
+
+    def _results(self, tasks: Iterator[Any]) -> "Iterator[_Made]":
+        """Yield what is made of each, in their order; a few of them are in memory at a time."""
+        if self.executor is None:
+            yield from map(_quantised, tasks)
+            return
+        pending: deque[Future[_Made]] = deque()
+        for task in tasks:
+            pending.append(self.executor.submit(_quantised, task))
+            if len(pending) > 2 * _MOST_PROCESSES:
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
 
     def move_to_the_end(self, graph: "ir.Graph") -> None:
         """Put what was made after the other initializers, where the builder's own way has it."""
