@@ -101,26 +101,6 @@ def test_other_algorithms_make_the_same_weights(tmp_path: Path, algorithm: str) 
 
 
 @pytest.mark.slow
-def test_processes_make_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Large models are quantised by as many processes as there are cores, which print nothing."""
-    monkeypatch.setattr(builder, "_WORTH_PROCESSES", 0)
-    monkeypatch.setattr(builder, "cores", lambda: 3)
-
-    alone = streamed(TINY, tmp_path / "alone", "int4", int4_algo_config="rtn")
-    monkeypatch.setattr(builder, "_WORTH_PROCESSES", 0)
-    capfd.readouterr()
-
-    together = streamed(TINY, tmp_path / "together", "int4", int4_algo_config="rtn")
-
-    printed = "".join(capfd.readouterr())
-    assert is_same(alone, together)
-    assert "Progress" not in printed
-    assert "quantize" not in printed
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPARED, ids=lambda case: case.name)
 def test_every_architecture(tmp_path: Path, case: Case) -> None:
     """The same bytes; where norms add 1 to their weights, edgetune does not round the sum."""

@@ -1,9 +1,9 @@
 """Run onnxruntime-genai's builder without holding the model in memory.
 
 The builder loads all weights, keeps them in the type that the exported model calculates in, and quantises them at the
-end: ten bytes a weight and more, on one core (seen in 0.14.1; its graph code is used as it is). Here, the weights stay
-in their files until they are needed, and every matrix is quantised as soon as the builder has placed it, in slices, by
-processes of their own. The quantiser is onnxruntime's; what it makes goes to a file that the model is written from.
+end: ten bytes a weight and more (seen in 0.14.1; its graph code is used as it is). Here, the weights stay in their
+files until they are needed, and every matrix is quantised as soon as the builder has placed it, in slices. The
+quantiser is onnxruntime's, which works on all cores; what it makes goes to a file that the model is written from.
 """
 
 import gc
@@ -11,27 +11,22 @@ import math
 import mmap
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from edgetune.errors import missing_extra
-from edgetune.machine import cores
-from edgetune.processes import pool
 from edgetune.tensors import read_file
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     import onnx_ir as ir
     import torch
 
 _SLICE = 1_000_000  # weights at a time: the quantiser is quicker with them than with more, up to twice
-_WORTH_PROCESSES = 100_000_000  # weights: below that, starting processes takes longer than they save
-_MOST_PROCESSES = 4  # of about 250 MB: reading the weights keeps no more of them busy
 
 
 def create(source: Path, folder: Path, work: Path, precision: str, **options: Any) -> None:
@@ -43,16 +38,11 @@ def create(source: Path, folder: Path, work: Path, precision: str, **options: An
     """
     with ExitStack() as stack:
         weights = stack.enter_context(_Weights.of(source))
-        executor = None
-        if precision == "int4" and weights.count > _WORTH_PROCESSES and (workers := min(cores(), _MOST_PROCESSES)) > 1:
-            executor = stack.enter_context(pool(workers))
-            for _ in range(workers):
-                executor.submit(_load_quantiser)  # while this process loads the builder, which takes seconds, too
         try:
             from onnxruntime_genai.models import builder
         except ImportError as error:
             raise missing_extra("export", error) from None
-        quantiser = _Quantiser(executor, stack.enter_context((work / "quantised").open("w+b")))
+        quantiser = _Quantiser(stack.enter_context((work / "quantised").open("w+b")))
         stack.enter_context(_patched(builder.Model, weights, quantiser))
         builder.create_model(str(source), str(source), str(folder), precision, cache_dir=str(work), **options)
 
@@ -198,10 +188,6 @@ class _Weights:
                 with suppress(BufferError):
                     mapped.close()
 
-    @property
-    def count(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
     def release(self) -> None:
         """Drop the pages that were read: the kernel would keep them until memory is short."""
         if sys.platform == "linux":
@@ -230,7 +216,6 @@ class _Weights:
 class _Quantiser:
     """Quantises matrices into a file."""
 
-    executor: Executor | None
     file: IO[bytes]
     made: list[Any] = field(default_factory=list)
 
@@ -238,45 +223,23 @@ class _Quantiser:
         """Make a node of the builder's graph multiply by a quantised matrix; ``weight``: of shape (out, in)."""
         import onnx_ir as ir
 
-        settings = model.quant_attrs["int4"]
-        options = {
-            "block_size": settings["qdq_block_size"],
-            "is_symmetric": settings["is_symmetric"],
-            "accuracy_level": settings["accuracy_level"],
-            "algo_config": settings["algo_config"],
-        }
         matrix: Any = node.inputs[1]
-        tasks = (
-            (str(node.name), matrix.name, *_raw(rows), int(model.io_dtype), options)
-            for rows in _slices(weight.detach())
-        )
         arrays: dict[str, list[np.ndarray]] = {}
-        for made in self._results(tasks):
-            for name, array in made.tensors.items():
+        for rows in _slices(weight.detach()):
+            made, tensors = _quantised(model, str(node.name), matrix.name, rows)
+            for name, array in tensors.items():
                 arrays.setdefault(name, []).append(array)
         model.model.graph.initializers.pop(matrix.name)
         matrix.const_value = None
         values = {name: _place(model, self._stored(name, parts)) for name, parts in arrays.items()}
         self.made.extend(values.values())
-        node.resize_inputs(1 + len(values))
-        for place, name in enumerate(made.inputs, start=1):
+        node.resize_inputs(len(made.input))
+        for place, name in enumerate(made.input[1:], start=1):
             node.replace_input_with(place, values[name])
         node.op_type, node.domain, node.name = made.op_type, made.domain, made.name
-        for name, number in (made.attributes | {"N": len(weight)}).items():
+        numbers = {attribute.name: attribute.i for attribute in made.attribute}
+        for name, number in (numbers | {"N": len(weight)}).items():
             node.attributes[name] = ir.AttrInt64(name, number)
-
-    def _results(self, tasks: Iterator[Any]) -> "Iterator[_Made]":
-        """Yield what is made of each, in their order; a few of them are in memory at a time."""
-        if self.executor is None:
-            yield from map(_quantised, tasks)
-            return
-        pending: deque[Future[_Made]] = deque()
-        for task in tasks:
-            pending.append(self.executor.submit(_quantised, task))
-            if len(pending) > 2 * _MOST_PROCESSES:
-                yield pending.popleft().result()
-        for future in pending:
-            yield future.result()
 
     def move_to_the_end(self, graph: "ir.Graph") -> None:
         """Put what was made after the other initializers, where the builder's own way has it."""
@@ -305,61 +268,38 @@ class _Quantiser:
         )
 
 
-def _raw(rows: "torch.Tensor") -> tuple["np.ndarray", str]:
-    """Return the bytes of a transposed matrix, of shape (in, out · size of a number), and its type.
+def _quantised(
+    builder: Any, node: str, name: str, rows: "torch.Tensor"
+) -> "tuple[onnx.NodeProto, dict[str, np.ndarray]]":
+    """Let onnxruntime quantise some rows of a matrix, of shape (out, in): as the only ones of a model with one node.
 
-    Transposed by torch, and before it is cast: numpy takes ten times as long.
+    Returns what it makes of the node, and tensors whose first dimension is the output.
     """
     import torch
-
-    return rows.t().contiguous().view(torch.uint8).numpy(), str(rows.dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What the quantiser makes of one node."""
-
-    op_type: str
-    domain: str
-    name: str
-    attributes: dict[str, int]
-    inputs: list[str]
-    """Names of the tensors, after that of the activations."""
-    tensors: "dict[str, np.ndarray]"
-    """The first dimension of each is the output of the matrix."""
-
-
-def _load_quantiser() -> None:
-    import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401
-
-
-def _quantised(task: tuple[str, str, "np.ndarray", str, int, dict[str, Any]]) -> _Made:
-    """Let onnxruntime quantise a matrix: as the only one of a model with one node."""
-    import onnx
     from onnx import helper, numpy_helper
+    from onnx_ir.tensor_adapters import to_torch_dtype
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    node, name, raw, dtype, io_dtype, options = task
-    stored = helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16) if dtype == "bfloat16" else dtype
-    matrix = raw.view(stored).astype(helper.tensor_dtype_to_np_dtype(io_dtype), copy=False)
+    settings, dtype = builder.quant_attrs["int4"], int(builder.io_dtype)
+    matrix = rows.t().contiguous().to(to_torch_dtype(builder.io_dtype))  # twice as quick as the other way round
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["A", name], ["Y"], name=node)],
         "one",
-        [helper.make_tensor_value_info("A", io_dtype, ["batch", "length", matrix.shape[0]])],
-        [helper.make_tensor_value_info("Y", io_dtype, ["batch", "length", matrix.shape[1]])],
+        [helper.make_tensor_value_info("A", dtype, ["batch", "length", matrix.shape[0]])],
+        [helper.make_tensor_value_info("Y", dtype, ["batch", "length", matrix.shape[1]])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
     # In place: as a tensor of its own, it would be copied into the graph and with the graph into the model.
-    model.graph.initializer.add(name=name, data_type=io_dtype, dims=matrix.shape, raw_data=matrix.tobytes())
-    quantiser = MatMulNBitsQuantizer(model, **options)
-    quantiser.process()
-    done: onnx.GraphProto = quantiser.model.model.graph
-    [made] = done.node
-    return _Made(
-        made.op_type,
-        made.domain,
-        made.name,
-        {attribute.name: attribute.i for attribute in made.attribute},
-        list(made.input[1:]),
-        {tensor.name: numpy_helper.to_array(tensor) for tensor in done.initializer},
+    raw = matrix.view(torch.uint8).numpy().tobytes()
+    model.graph.initializer.add(name=name, data_type=dtype, dims=matrix.shape, raw_data=raw)
+    quantiser = MatMulNBitsQuantizer(
+        model,
+        block_size=settings["qdq_block_size"],
+        is_symmetric=settings["is_symmetric"],
+        accuracy_level=settings["accuracy_level"],
+        algo_config=settings["algo_config"],
     )
+    quantiser.process()
+    done = quantiser.model.model.graph
+    [made] = done.node
+    return made, {tensor.name: numpy_helper.to_array(tensor) for tensor in done.initializer}

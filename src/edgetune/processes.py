@@ -6,12 +6,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, failure
@@ -54,30 +51,6 @@ def in_process(function: Callable[..., Any], *arguments: Any, imports: Sequence[
     if error is not None:
         raise error
     return result
-
-
-@contextmanager
-def pool(workers: int) -> Iterator[Executor]:
-    """Yield an executor with as many processes, which end with this one, leave Ctrl-C to it and print nothing.
-
-    Functions and arguments must be importable and picklable. Raises EdgetuneError when a process dies.
-    """
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_begin)
-    try:
-        with _without_interrupts():
-            wait([executor.submit(os.getpid) for _ in range(workers)])
-        yield executor
-    except BrokenProcessPool:
-        raise failure("a process of this run died", hint=_HINT) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
