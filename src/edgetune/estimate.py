@@ -29,12 +29,12 @@ TRAINED_BYTES = 16
 """Per parameter of the adapter: value, gradient, and Adam's two moments, in float32."""
 NF4_BYTES = 0.5 + 4 / 64
 """Per weight of a linear layer under QLoRA: four bits, and a float32 scale for every 64 weights."""
-QUANTISERS = 500_000_000
-"""The processes that quantise, and the slices they work on (measured with two; four at most)."""
 LOADED_BYTES = 11
 """Per weight of the layers, where onnxruntime-genai's builder holds the model (measured)."""
 LOADED_EMBEDDING_BYTES = 21
 """Per weight of the embedding, together with the output layer (measured)."""
+EMBEDDING_BYTES = 4
+"""Per weight of an exported model's embedding."""
 MERGE_BYTES = 100_000_000
 """Some rows of a matrix in float32 or float64 and the adapter's two factors of it (measured)."""
 GFLOPS = {
@@ -211,15 +211,15 @@ def merge_memory(plan: Plan) -> float:
 
 
 def export_memory(plan: Plan) -> float:
-    """Return the peak of the export: while matrices are quantised, or when the result is loaded as a check.
+    """Return the peak of the export: when the result is loaded as a check, which leaves the embedding in its file.
 
-    The weights themselves stay in their files, unless the builder or another tool has to load the whole model.
+    The base model's weights stay in their files, unless the builder or another tool has to load the whole model.
     """
     shape = plan.shape
+    embedding = shape.vocabulary * shape.hidden
     if not plan.streamed:
-        embedding = shape.vocabulary * shape.hidden
         return LIBRARIES + LOADED_BYTES * shape.linear_parameters + LOADED_EMBEDDING_BYTES * embedding
-    return LIBRARIES + max(QUANTISERS, exported_bytes(plan))
+    return LIBRARIES + exported_bytes(plan) - EMBEDDING_BYTES * embedding
 
 
 def verify_memory(plan: Plan) -> float:
@@ -232,7 +232,7 @@ def exported_bytes(plan: Plan) -> float:
     shape = plan.shape
     embedding = shape.vocabulary * shape.hidden
     size = {"int4": 0.5 + 4 / plan.block, "fp32": 4}.get(plan.precision, 2)
-    return 4 * embedding + size * (shape.linear_parameters + embedding)
+    return EMBEDDING_BYTES * embedding + size * (shape.linear_parameters + embedding)
 
 
 MEMORY = {"train": train_memory, "merge": merge_memory, "export": export_memory, "verify": verify_memory}
