@@ -98,7 +98,7 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
             "does not know the key",
             "did you mean 'learning_rate'",
         ),
-        (lambda c: c.update(azureml_client={}), "azureml_client", "does not know the key", "--engine olive"),
+        (lambda c: c.update(azureml_client={}), "azureml_client", "style of 2024 (azureml_client)", "edgetune migrate"),
         (lambda c: c["passes"]["lora"].update(r=-3), '"r"', "greater than or equal to 1", ""),
         (edit_training_args(learning_rate="fast"), "learning_rate", "valid number", ""),
         (

@@ -440,6 +440,26 @@ def status(arguments: argparse.Namespace) -> None:
         print(f"{state.step:<9} {state.state:<12} {state.folder:<32} {state.detail}".rstrip())
 
 
+def migrate(arguments: argparse.Namespace) -> None:
+    """Turn a workflow file in the style of 2024 into one of today, and tell every change with its reason."""
+    from edgetune import migrate as migrating
+
+    result = migrating.migrated(arguments.old)
+    if result is None:
+        _tell(f"{arguments.old} is a workflow file of today already: there is nothing to migrate")
+        return
+    new = arguments.output or migrating.default_output(arguments.old)
+    files = migrating.outputs(new, result)
+    for note in result.notes:
+        _tell(f"{note.where}: {'to do: ' if note.kind == 'to do' else ''}{note.text}")
+    by_olive = migrating.check_with_olive(result.text, arguments.old)
+    migrating.write(files)
+    for line in migrating.summary(new, result, by_olive=by_olive):
+        _tell(line)
+    for path in files:
+        print(path)
+
+
 def _print_result(job: "Job", stage: str) -> None:
     print(job.project.name(job.project.stage_folder(stage)))
 
@@ -491,6 +511,7 @@ def main(argv: list[str] | None = None) -> int:
         package,
         status,
         doctor,
+        migrate,
     )
     arguments = options.parser(commands).parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)

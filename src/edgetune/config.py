@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from edgetune.data_schema import FILE_FORMATS, DataConfig, LoadDataset, PreProcess, WrongKeyError
-from edgetune.errors import EdgetuneError, Problem
+from edgetune.errors import EdgetuneError, Problem, refuse
+from edgetune.migration.signs import old_style
 from edgetune.project import Project
 from edgetune.schema import (
     PRECISIONS,
@@ -86,6 +87,12 @@ def load(project: Project, path: Path | None = None) -> Workflow:
     Raises EdgetuneError with every problem of the file, each with its line.
     """
     source = _source(project, path)
+    refuse(old_style(source))
+    return check(source, project)
+
+
+def check(source: JsonSource, project: Project) -> Workflow:
+    """Check what was read. Raises EdgetuneError with every problem of the file, each with its line."""
     problems = source.duplicate_problems()
     try:
         workflow = Workflow.model_validate(source.data).located(source)
@@ -108,6 +115,7 @@ def load_for_olive(project: Project) -> Workflow:
     source = _source(project)
     if not isinstance(source.data, dict):
         raise EdgetuneError([Problem("not a JSON object", source.where())])
+    refuse(old_style(source, also_blocks=False))
     model = source.data.get("input_model")
     model = model if isinstance(model, dict) else {}
     kwargs = model.get("load_kwargs")
@@ -134,8 +142,15 @@ def _data_for_olive(entry: Any) -> DataConfig:
 
 
 def _source(project: Project, path: Path | None = None) -> JsonSource:
-    """Read the file. Raises EdgetuneError when it is no JSON, or holds a secret: it goes into version control."""
-    source = JsonSource(path or project.config, project.name(project.config))
+    return read(path or project.config, project.name(project.config))
+
+
+def read(path: Path, name: str) -> JsonSource:
+    """Read a file that messages call ``name``.
+
+    Raises EdgetuneError when it is no JSON, or holds a secret: it goes into version control.
+    """
+    source = JsonSource(path, name)
     hint = "revoke it and make a new one; it belongs into .env (HF_TOKEN=…) or the environment"
     problems = [
         Problem(f"this looks like {kind}", source.where(*location), hint)
@@ -156,7 +171,8 @@ def _explain(error: Any, source: JsonSource) -> Problem:
     where, key = source.where(*path), str(location[-1]) if location else "the file"
     owner = next((_SECTIONS[p] for p in reversed(location[:-1]) if p in _SECTIONS), Workflow)
     if key in _RENAMED and error["type"] == "extra_forbidden":
-        return Problem(f"the native engine does not know the key {key!r}", where, f"today it is {_RENAMED[key]!r}")
+        hint = f"today it is {_RENAMED[key]!r}; `edgetune migrate {source.name}` finds all such keys"
+        return Problem(f"the native engine does not know the key {key!r}", where, hint)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, owner.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"remove it, or {_OLIVE} if stock Olive knows it"

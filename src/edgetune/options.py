@@ -131,6 +131,17 @@ def _of_status(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _of_migrate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("old", type=Path, metavar="OLD.json", help="the workflow file in the style of 2024")
+    command.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="NEW.json",
+        help="where the new one is written (default: OLD-migrated.json beside the old one)",
+    )
+
+
 _OPTIONS = {
     "download": _of_download,
     "data": _of_data,
@@ -144,6 +155,7 @@ _OPTIONS = {
     "package": _of_package,
     "status": _of_status,
     "doctor": _of_status,
+    "migrate": _of_migrate,
 }
 
 
