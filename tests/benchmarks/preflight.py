@@ -23,7 +23,8 @@ SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*SPLIT, "gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj")
 # Those of the other benchmarks, and a Phi-3 of 0.4 billion parameters for its fused layers.
-MODELS = common.MODELS | {"phi3": sizes("phi3", 1536, 12, 16, 16, 4096, 32064, tied=False)}
+MODELS = common.MODELS
+MODELS["phi3"] = sizes("phi3", 1536, 12, 16, 16, 4096, 32064, tied=False)
 
 
 @dataclass(frozen=True)
