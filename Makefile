@@ -33,9 +33,10 @@ lint: setup ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: setup ## Print speed and memory as ratios against a peer
-	$(BIN)/python tests/benchmarks/data.py
-	$(BIN)/python tests/benchmarks/preflight.py
+bench: setup ## Print speed and memory beside peers, which are installed first
+	set -e; for name in data startup merge export training inference preflight; do \
+	  $(BIN)/python tests/benchmarks/$$name.py; \
+	done
 
 matrix: setup ## Run all architectures and write the table in docs/architectures.md
 	$(BIN)/python tests/matrix.py

@@ -80,13 +80,19 @@ def _merging(merges: list[dict[str, Any]], parameters: dict[str, int], way: str)
 
 def _panels(panels: Any, what: str, curves: list[tuple[str, str, list[tuple[float, float, float]]]]) -> None:
     """Fill a row: seconds on the left, peak memory on the right."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     for column, unit in ((1, "seconds"), (2, "peak memory, MB")):
         panel = panels[column - 1]
         for label, style, points in curves:
             panel.loglog([point[0] for point in points], [point[column] for point in points], style, label=label)
         panel.set(xlabel=what, ylabel=unit)
-        panel.grid(visible=True, which="both", alpha=0.2)
-        panel.legend(fontsize="small")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_major_formatter(EngFormatter(sep="") if axis is panel.xaxis else "{x:,g}")
+            axis.set_minor_formatter(NullFormatter())
+        panel.grid(visible=True, alpha=0.3)
+    panels[0].legend(fontsize="small")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from common import FILE_BYTES, MODELS, save, write_model
 
 R = 64
-SMALL = ("135M", "360M", "0.5B", "1.1B")
+SMALL = ("135M", "0.5B")
 
 WRITE_ADAPTER = """
 import json, sys, torch, transformers
