@@ -1,7 +1,8 @@
 """Time and memory of merging an adapter, against PEFT and against copying and hashing the same bytes, in one run.
 
-Base models have random bfloat16 weights, adapters are LoRA of rank 64 on all linear layers. Every merge is a process of
-its own; what is measured begins when its libraries are imported. The files are in the page cache for all of them.
+Base models have random bfloat16 weights, adapters are of rank 64 on all linear layers; those of QLoRA were trained on
+4 bits of them. Every merge is a process of its own; what is measured begins when its libraries are imported. The files
+are in the page cache for all of them.
 """
 
 import argparse
@@ -24,7 +25,9 @@ import json, sys, torch, transformers
 from pathlib import Path
 from safetensors.torch import save_file
 
-base, adapter, r = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+from edgetune.quantised import Quantisation
+
+base, adapter, r, method = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.manual_seed(0)
 with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(base))
@@ -33,12 +36,17 @@ pairs = {}
 for name, layer in layers.items():
     pairs[f"base_model.model.{name}.lora_A.weight"] = torch.randn(r, layer.in_features) * 0.02
     pairs[f"base_model.model.{name}.lora_B.weight"] = torch.randn(layer.out_features, r) * 0.02
+    if method == "dora":
+        pairs[f"base_model.model.{name}.lora_magnitude_vector"] = torch.rand(layer.out_features)
 adapter.mkdir()
 save_file(pairs, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
 targets = sorted({name.rpartition(".")[2] for name in layers})
 (adapter / "adapter_config.json").write_text(json.dumps(
-    {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": r, "target_modules": targets}
+    {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": r, "target_modules": targets,
+     "use_dora": method == "dora"}
 ))
+if method == "qlora":
+    Quantisation(double_quant=True, dtype="bfloat16", compute_dtype="bfloat16", modules=tuple(layers)).write(adapter)
 """
 OURS = """
 from edgetune.merge import write_merged
@@ -79,28 +87,33 @@ def main() -> None:
     """Print a table and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=SMALL, choices=MODELS, metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("--method", choices=("lora", "dora", "qlora"), default="lora", help="qlora: without PEFT")
     parser.add_argument("--one-file", action="store_true", help="do not cut the weights into files of 2 GB")
     parser.add_argument("--repeat", type=int, default=2, help="take the fastest of so many")
     parser.add_argument("--without-peft", action="store_true", help="it needs the memory of the whole model")
     parser.add_argument("--scratch", type=Path, help="where the models are written for the time being")
     parser.add_argument("--save", action="store_true", help="keep the numbers for docs/performance.md")
     arguments = parser.parse_args()
-    ways = [way for way in WAYS if not (arguments.without_peft and way.startswith("PEFT"))]
+    alone = arguments.without_peft or arguments.method == "qlora"  # PEFT leaves such a model in 4 bits
+    ways = [way for way in WAYS if not (alone and way.startswith("PEFT"))]
     numbers = []
     for name in arguments.models:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             file_bytes = 10**15 if arguments.one_file else FILE_BYTES
-            numbers.append(measure(name, Path(scratch), file_bytes, ways, arguments.repeat))
+            base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
+            write_model(name, base, file_bytes)
+            given = [str(base), str(adapter), str(R), arguments.method]
+            subprocess.run([sys.executable, "-c", WRITE_ADAPTER, *given], check=True)
+            numbers.append({"model": name, **measure(base, adapter, ways, arguments.repeat)})
         print(table(numbers[-1:]), flush=True)
     if arguments.save:
-        save("merge", numbers, "torch", "transformers", "peft", "safetensors")
+        kind = "-".join([arguments.method] * (arguments.method != "lora") + ["one_file"] * arguments.one_file)
+        save(f"merge-{kind}".rstrip("-"), numbers, "torch", "transformers", "peft", "safetensors")
 
 
-def measure(name: str, scratch: Path, file_bytes: int, ways: list[str], repeat: int) -> dict[str, Any]:
+def measure(base: Path, adapter: Path, ways: list[str], repeat: int) -> dict[str, Any]:
     """Merge one model in every way; return seconds and peaks (MB above the imports) by way, and sizes in bytes."""
-    base, adapter = scratch / "base", scratch / "adapter"
-    write_model(name, base, file_bytes)
-    subprocess.run([sys.executable, "-c", WRITE_ADAPTER, str(base), str(adapter), str(R)], check=True)
+    scratch = base.parent
     files = [path.stat().st_size for path in base.glob("*.safetensors")]
     found: dict[str, Any] = {way: [] for way in (COPY, *ways)}
     for _ in range(repeat):
@@ -112,7 +125,7 @@ def measure(name: str, scratch: Path, file_bytes: int, ways: list[str], repeat: 
         for folder in ("ours", "theirs"):
             shutil.rmtree(scratch / folder, ignore_errors=True)
     best = {way: {key: min(one[key] for one in runs) for key in runs[0]} for way, runs in found.items()}
-    return {"model": name, "files": len(files), "bytes": sum(files), "largest": max(files), "ways": best}
+    return {"files": len(files), "bytes": sum(files), "largest": max(files), "ways": best}
 
 
 def copied(base: Path, target: Path) -> float:
