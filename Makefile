@@ -7,7 +7,7 @@ BIN := .venv/bin
 PINS := src/edgetune/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench matrix examples
+.PHONY: help setup demo test test-slow lint bench matrix examples docs
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,12 +41,14 @@ bench: setup ## Print speed and memory beside peers, which are installed first
 matrix: setup ## Run all architectures and write the table in docs/architectures.md
 	$(BIN)/python tests/matrix.py
 
-examples: setup ## Render examples/ anew
-	rm -rf examples/tone-lora
-	version="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" && \
-	$(BIN)/copier copy --quiet --defaults --vcs-ref HEAD --exclude .copier-answers.yml \
-	  --data project_name=tone-lora --data "runtime_requirement=edgetune[train,export,olive]==$$version" \
-	  "$(CURDIR)" examples/tone-lora
+examples: setup ## Render examples/ anew, with the answers beside each
+	set -e; for answers in examples/*.yml; do \
+	  $(BIN)/copier copy --quiet --defaults --overwrite --vcs-ref HEAD --exclude .copier-answers.yml \
+	    --data-file "$$answers" "$(CURDIR)" "$${answers%.yml}"; \
+	done
+
+docs: setup ## Write the generated parts of docs/cli.md and docs/configuration.md
+	$(BIN)/python tests/reference_pages.py
 
 # The fallback is for networks that reach a package mirror but not PyTorch's index.
 .venv/.ready: pyproject.toml $(PINS)
@@ -55,5 +57,5 @@ examples: setup ## Render examples/ anew
 	torch="$$(grep '^torch==' $(PINS))" && \
 	{ $(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 5 --index-url "$(TORCH_INDEX)" "$$torch" || \
 	  $(BIN)/python -m pip install --quiet "$$torch"; }
-	$(BIN)/python -m pip install --quiet --constraint $(PINS) --group dev --editable '.[qlora,export,olive]'
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --group dev --editable '.[qlora,export,olive,azureml]'
 	@touch .venv/.ready

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ import forked
 
 settings.register_profile("untimed", deadline=None)  # how long a case takes on a busy machine says nothing
 settings.load_profile("untimed")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell has it ignored, children would inherit that
 
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "PYTHONWARNINGS": "default"}

@@ -101,12 +101,8 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
         (lambda c: c.update(azureml_client={}), "azureml_client", "style of 2024 (azureml_client)", "edgetune migrate"),
         (lambda c: c["passes"]["lora"].update(r=-3), '"r"', "greater than or equal to 1", ""),
         (edit_training_args(learning_rate="fast"), "learning_rate", "valid number", ""),
-        (
-            lambda c: c["passes"]["builder"].update(type="Rtn"),
-            "builder",
-            "no pass of type 'Rtn'",
-            "--engine olive",
-        ),
+        (lambda c: c["passes"]["builder"].update(type="Rtn"), "passes", "does not run these passes", "--engine olive"),
+        (lambda c: c["passes"]["lora"].update(type="Lora"), "lora", "a pass of type 'Lora'", "did you mean 'LoRA'"),
         (lambda c: c["passes"]["builder"].update(precision="fp16"), "precision", "no fp16 for CPU", "int4, fp32"),
         (
             lambda c: c["passes"]["lora"].update(train_data_config="no"),
@@ -114,7 +110,7 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
             "not defined",
             "train_data",
         ),
-        (lambda c: c["passes"].pop("merge_adapter_weights"), "passes", "does not run these passes", "MergeAdapter"),
+        (lambda c: c["passes"].pop("lora"), "passes", "does not run these passes", "MergeAdapter"),
         (lambda c: c["passes"]["lora"].update(lora_r=8), "lora_r", "does not know", "today it is 'r'"),
         (lambda c: c["passes"]["builder"].pop("type"), "builder", "has no 'type'", "README"),
         (lambda c: c["data_configs"][0]["load_dataset_config"].update(split="eval"), '"eval"', "files have one", ""),

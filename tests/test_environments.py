@@ -1,5 +1,6 @@
 """Fresh environments: what a user gets who has nothing but Python. Minutes each, so all of it is ``slow``."""
 
+import json
 import os
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def test_olive_engine_reports_success_and_failure(fresh: Sandbox) -> None:
     assert result.returncode == 0, result.stderr
     models = sorted((fresh.root / "gen-model/olive").rglob("*.onnx"))
     assert models
+    assert "Running pass lora:lora" in result.stderr
+    for backend in ("onnx", "merged", "adapter"):
+        result = fresh.run("infer", "--engine", "olive", "--backend", backend, "have a nice day")
+        assert result.returncode == 0, result.stderr
+    result = fresh.run("verify", "--engine", "olive", "--rows", "8", "--json")
+    checks = {check["name"]: check["passed"] for check in json.loads(result.stdout)["checks"]}
+    assert checks["conversion"]
+    assert "quantisation" in checks
+    result = fresh.run("evaluate", "--engine", "olive", "--limit", "8", "--json")
+    assert json.loads(result.stdout)["backends"].keys() == {"base", "adapter", "merged", "onnx"}
+    models = sorted((fresh.root / "gen-model/olive").rglob("*.onnx"))  # verify may have set it aside
 
     fresh.edit(lambda c: c["passes"]["lora"].update(target_modules=["no_such_layer"]))
     result = fresh.run("finetune", "--engine", "olive")

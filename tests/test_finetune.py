@@ -273,6 +273,52 @@ def test_half_written_checkpoint_is_skipped(project: Sandbox) -> None:
     assert "continuing from step" in result.stderr
 
 
+WITHOUT_PICKLE = """
+import sys
+
+def refuse(event, arguments):
+    if event == "pickle.find_class":
+        frame = sys._getframe()
+        while frame:
+            if "/multiprocessing/" in frame.f_code.co_filename:  # what our own processes tell one another
+                return
+            frame = frame.f_back
+        raise SystemExit(f"a pickle asks for {arguments}")
+
+sys.addaudithook(refuse)
+import torch
+from edgetune import cli
+
+load = torch.load
+
+def load_tensors(*arguments, **options):
+    if options.get("weights_only") is not True:
+        raise SystemExit("torch.load without weights_only=True")
+    print("loaded", arguments[0], file=sys.stderr)
+    return load(*arguments, **options)
+
+torch.load = load_tensors
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_no_pickle_is_ever_loaded(fresh: Sandbox) -> None:
+    """From a checkpoint to answers: torch.load is called for tensors only, which cannot run code."""
+    shorten(fresh, 14)
+    kill_in_training(fresh)
+
+    resumed = fresh.command(sys.executable, "-c", WITHOUT_PICKLE, "finetune")
+
+    assert resumed.returncode in {0, 3}, resumed.stderr  # a model that has hardly learned may not pass
+    assert "continuing from step" in resumed.stderr
+    assert "verify    " in resumed.stderr
+    log = (fresh.root / "gen-model/logs/train.log").read_text(encoding="utf-8")
+    assert re.findall(r"^loaded .*/(.*)$", log, re.MULTILINE) == ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    asked = fresh.command(sys.executable, "-c", WITHOUT_PICKLE, "infer", "--backend", "adapter", "what a day")
+    assert asked.returncode == 0, asked.stderr
+
+
 @pytest.mark.slow
 def test_interrupt_ends_with_130_and_keeps_results(project: Sandbox) -> None:
     """Ctrl-C during training is no traceback, exits 130, and the published results stay."""

@@ -59,8 +59,7 @@ def test_the_last_rung_in_the_workflow_file(fresh: Sandbox, encode: Callable[[st
     before, _, added = written.replace(_STEP, "").partition(',\n    {\n      "name": "calibration_data"')
     end = added.index("\n    }") + len("\n    }")
     assert before + added[end:] == text
-    data = workflow.calibration_data
-    assert data is not None
+    [data] = workflow.calibration_data
     assert data.pre_process_data_config.max_samples == 128
     assert data.load_dataset_config == workflow.train_data.load_dataset_config
     assert data.contract == workflow.contract
@@ -70,9 +69,8 @@ def test_the_training_data_may_have_fewer_rows(fresh: Sandbox) -> None:
     """No more rows are looked at than trained on."""
     fresh.edit(lambda c: c["data_configs"][0]["pre_process_data_config"].update(max_samples=40))
 
-    data = last_rung(fresh).calibration_data
+    [data] = last_rung(fresh).calibration_data
 
-    assert data is not None
     assert data.pre_process_data_config.max_samples == 40
 
 
@@ -118,7 +116,7 @@ def test_without_fine_tuning(fresh: Sandbox) -> None:
 
     workflow = config.load(Project(fresh.root))
 
-    assert workflow.calibration_data is workflow.data_configs[1]
+    assert workflow.calibration_data == [workflow.data_configs[1]]
     assert workflow.eval_data is None
 
 
@@ -175,7 +173,7 @@ def test_from_the_last_rung_to_a_verified_model(project: Sandbox) -> None:
     result = project.run("export")
 
     assert result.returncode == 1
-    assert "error: gen-model/logs/gptq.log: stock Olive produced no model" in result.stderr
+    assert "error: gen-model/logs/passes/gptq.log: stock Olive produced no model" in result.stderr
     assert project.results() == published
 
     (project.root / "datasets/calibration.jsonl").unlink(missing_ok=True)

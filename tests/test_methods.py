@@ -88,7 +88,9 @@ def test_backends_that_need_an_adapter(untuned: Sandbox, backend: str) -> None:
 @pytest.mark.parametrize(
     ("passes", "refused"),
     [
-        (["LoRA", "ModelBuilder"], True),
+        (["LoRA", "ModelBuilder"], False),
+        (["QLoRA", "ModelBuilder"], True),
+        (["DoRA", "ModelBuilder"], True),
         (["MergeAdapterWeights", "ModelBuilder"], True),
         (["LoRA", "QLoRA", "MergeAdapterWeights", "ModelBuilder"], True),
         (["ModelBuilder"], False),

@@ -392,33 +392,54 @@ def test_azure(tmp_path: Path) -> None:
         job["inputs"]["base_model"]["path"] == "azureml://registries/azureml/models/Phi-3-mini-4k-instruct/versions/10"
     )
     assert "edgetune finetune" in job["command"]
-    assert "https://safe.vault.azure.net" in job["command"]
+    assert "--hub-token safe/hf-token" in job["command"]
     assert "conda.yaml" in said(result, "conda_file_path")
+
+
+@pytest.mark.slow
+def test_the_sdk_of_azure_ml_loads_the_job(tmp_path: Path) -> None:
+    """Inputs, compute and what the old file says of a Kubernetes cluster are where the schema wants them."""
+    from azure.ai.ml import load_job
+
+    system = {"aml_compute": "arc", "resources": {"instance_type": "gpu-large", "instance_count": 2}}
+    old = old_file(
+        azureml_client=CLIENT | {"keyvault_name": "safe"},
+        systems={"aml": {"type": "AzureML", "config": system}},
+        engine={"host": "aml"},
+    )
+    rows(LOAD, data_files=MOUNTED)(old)
+    folder, setup = tmp_path / "fine-tuning", tmp_path / "setup"
+    folder.mkdir()
+    setup.mkdir()
+    (setup / "conda.yaml").write_text("name: edgetune\ndependencies: [python=3.11]\n")
+    (folder / "azureml-job.yml").write_text(result_of(folder, old)[1].job)
+
+    job = load_job(folder / "azureml-job.yml")
+
+    assert job.compute == "arc"
+    assert (job.resources.instance_type, job.resources.instance_count) == ("gpu-large", 2)
+    assert job.inputs["rows_train"].path.endswith("datastores/d/paths/p/x.json")
+    assert "--hub-token safe/hf-token" in job.command
 
 
 GPU = {"device": "gpu", "execution_providers": ["CUDAExecutionProvider"]}
 
 
 def test_command_of_the_job(tmp_path: Path) -> None:
-    """The job's command, run by a shell, brings data to where the workflow file expects them and keeps exit codes."""
+    """The job's command, read by a shell, says where data go that the workflow file expects, and what is kept."""
     old = old_file(azureml_client=CLIENT)
     store = {"datastore_name": "blobs", "relative_path": "it's rows.jsonl"}
     rows(LOAD, data_files={"type": "azureml_datastore", "config": store})(old)
     _, result = result_of(tmp_path, old)
-    (tmp_path / "mounted rows").write_text("row")
-    (tmp_path / "gen-model").mkdir()
-    (tmp_path / "gen-model/verify.json").write_text("{}")
-    (tmp_path / "out").mkdir()
     command = yaml.safe_load(result.job)["command"]
     for name, path in (("inputs.rows_train", "mounted rows"), ("outputs.gen_model", "out")):
-        command = command.replace(f"${{{{{name}}}}}", str(tmp_path / path))
+        command = command.replace(f"${{{{{name}}}}}", path)
 
-    shell = f"edgetune() {{ echo ran $1; return 3; }}; {command}"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
+    shell = f"edgetune() {{ printf '%s\\n' \"$@\"; }}; {command}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True)
 
-    assert (done.stdout, done.returncode) == ("ran finetune\n", 3), done.stderr
-    assert (tmp_path / "datasets/it's rows.jsonl").read_text() == "row"
-    assert (tmp_path / "out/verify.json").exists()
+    wanted = ["finetune", "--mount", "mounted rows", "datasets/it's rows.jsonl", "--copy-results", "out"]
+    assert done.stdout.splitlines() == wanted
 
 
 def test_placeholders_are_named(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune import machine, preflight
+from edgetune import adapters, machine, preflight
 from edgetune.base_model import trusts_code
 from edgetune.errors import EdgetuneError, failure, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
 from edgetune.loading import load_base, load_weights
 from edgetune.prompt import context_length, end_token_ids, load_tokenizer
 from edgetune.quantised import Quantisation
-from edgetune.stages import Job, read_json, read_manifest, recover
+from edgetune.stages import Job, read_json, read_manifest, recover_at_rest
 from edgetune.stream import Stream, TransformersStreamer
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ _OF_THE_ADAPTER = ("adapter", "merged")
 
 
 def backends_of(job: Job) -> list[str]:
-    """Return the backends that a project has; without a fine-tuning pass, there are no adapter and nothing merged."""
-    return [name for name in BACKENDS if job.workflow.tuning or name not in _OF_THE_ADAPTER]
+    """Return the backends that a project has: there may be no adapter, or it is not merged."""
+    left_out = ("adapter",) * (job.workflow.tuning is None) + ("merged",) * (not job.workflow.merges)
+    return [name for name in BACKENDS if name not in left_out]
 
 
 GENAI_CONFIG = "genai_config.json"
@@ -38,8 +39,8 @@ _DEFAULT_CONTEXT = 2048  # of a base model that does not say
 
 
 def exported_from(job: Job) -> str:
-    """Return which of the models is the one that is exported."""
-    return "merged" if job.workflow.tuning else "base"
+    """Return which of the models is the one that is exported; with its adapter, where that stays beside it."""
+    return "merged" if job.workflow.merges else "adapter" if job.workflow.tuning else "base"
 
 
 class TorchBackend(Backend):
@@ -169,7 +170,8 @@ _MIND_PADDING = {"lfm2"}
 class OnnxBackend(Backend):
     """An exported model on ONNX Runtime GenAI."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
+        """Load the model in ``folder``, and an adapter for it: its own if it has one, unless another is given."""
         self.model = load_exported(folder)
         import onnxruntime_genai as og
 
@@ -184,6 +186,10 @@ class OnnxBackend(Backend):
         decoder = self._model["decoder"]
         self._cache_bytes = 8 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
         self._padding = int(config["model"]["pad_token_id"])
+        self._adapters = None
+        if (path := adapter or adapters.own(folder)).is_file():
+            self._adapters = og.Adapters(self.model)
+            self._adapters.load(str(path.absolute()), adapters.OWN)
 
     def logits(self, ids: Sequence[int], start: int) -> "Logits":
         """Run the model once over the ids."""
@@ -205,7 +211,10 @@ class OnnxBackend(Backend):
     def _generator(self, batch_size: int, **options: Any) -> Any:
         parameters = self._og.GeneratorParams(self.model)
         parameters.set_search_options(batch_size=batch_size, **{**_PLAIN_SEARCH, **options})
-        return self._og.Generator(self.model, parameters)
+        generator = self._og.Generator(self.model, parameters)
+        if self._adapters is not None:
+            generator.set_active_adapter(self._adapters, adapters.OWN)
+        return generator
 
     def _rows_at_once(self, length: int, sampling: Sampling) -> int:
         if sampling.repetition_penalty != 1:  # the library would count padding as said before
@@ -303,6 +312,9 @@ def folder_of(job: Job, name: str) -> Path:
     if name in _OF_THE_ADAPTER and job.workflow.tuning is None:
         where, hint = job.workflow.where("passes"), "use --backend base or onnx"
         raise failure(f"there is no {name} model: the workflow has no fine-tuning pass", where=where, hint=hint)
+    if name == "merged" and not job.workflow.merges:
+        where, hint = job.workflow.where("passes"), "use --backend base, adapter or onnx"
+        raise failure("there is no merged model: the workflow has no MergeAdapterWeights pass", where=where, hint=hint)
     if name == "base":
         folder = job.base_folder
         if not (folder / "config.json").is_file():
@@ -311,14 +323,18 @@ def folder_of(job: Job, name: str) -> Path:
         return folder
     stage = {"adapter": "train", "merged": "merge", "onnx": "verify"}[name]
     folder = job.project.stage_folder(stage)
-    recover(folder)
+    recover_at_rest(job.project, folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise _missing(job, name, folder)
     if lost := [file for file in manifest["outputs"] if not (folder / file).is_file()]:
-        where, hint = job.project.name(folder), "run `edgetune finetune`: it makes it again"
+        where, hint = job.project.name(folder), f"run `{_command(job)}`: it makes it again"
         raise failure(f"the {name} model has lost {', '.join(lost)}", where=where, hint=hint)
     return folder
+
+
+def _command(job: Job) -> str:
+    return "edgetune finetune" + (" --engine olive" if job.project.olive else "")
 
 
 def _missing(job: Job, name: str, folder: Path) -> EdgetuneError:
@@ -331,18 +347,18 @@ def _missing(job: Job, name: str, folder: Path) -> EdgetuneError:
         before = exported_from(job)
         hint = f"{project.name(project.verdict)} says why; `--backend {before}` asks the model before its conversion"
         return failure("verification refused the exported model", where=project.name(project.refused_model), hint=hint)
-    hint = "run `make finetune` (or `edgetune finetune`) first"
+    hint = f"run `make {'olive' if project.olive else 'finetune'}` (or `{_command(job)}`) first"
     return failure(f"there is no {name} model yet", where=project.name(folder), hint=hint)
 
 
-def open_backend(job: Job, name: str) -> Backend:
-    """Load one of ``BACKENDS``. Raises EdgetuneError when its model is not there.
+def open_backend(job: Job, name: str, adapter: str | None = None) -> Backend:
+    """Load one of ``BACKENDS``, the exported one with an adapter by its name. Raises EdgetuneError when it is missing.
 
     All of them answer within the context length of the exported model, so that their answers can be compared.
     """
     folder = folder_of(job, name)
     if name == "onnx":
-        return OnnxBackend(folder)
+        return OnnxBackend(folder, adapters.chosen(job, folder, adapter) if adapter else None)
     if name == "adapter":
         return adapter_backend(job, folder)
     return torch_backend(job, folder, preflight.trained_dtype(job))

@@ -1,5 +1,6 @@
 """Batches for training: the rows of an optimiser step, padded, and how they are cut into micro-batches."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,36 @@ def micro_batches(
             "labels": following[group, :width],
             "attention_mask": batch["attention_mask"][group, :width],
         }
+
+
+def share(batch: dict[str, "torch.Tensor"], number: int, count: int) -> dict[str, "torch.Tensor"]:
+    """Return the rows of a batch that are for process ``number`` of ``count``; there may be none."""
+    rows = shares(_needed(batch["labels"][:, 1:]), count)[number]
+    return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Deal out row numbers: similar lengths together, so that little is padded; the largest share as small as can be.
+
+    Rows of which nothing is needed are left out.
+    """
+    order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])
+
+    def cut(most: int) -> list[list[int]]:
+        found: list[list[int]] = [[]]
+        room = most
+        for row in order:
+            if lengths[row] > room:
+                found.append([])
+                room = most
+            found[-1].append(row)
+            room -= lengths[row]
+        return found
+
+    limits = range(max(lengths, default=0), sum(lengths) + 1)
+    fits = bisect_left(limits, True, key=lambda most: len(cut(most)) <= count)  # noqa: FBT003 - what is looked for
+    found = cut(limits[fits])
+    return found + [[] for _ in range(count - len(found))]
 
 
 def _needed(following: "torch.Tensor") -> list[int]:

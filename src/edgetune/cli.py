@@ -1,31 +1,34 @@
-"""The commands. One function each; the only place that prints results and errors and sets exit codes."""
+"""The commands. One function each; the only place that prints errors and sets exit codes."""
 
 import argparse
-import codecs
 import io
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from edgetune import options
-from edgetune.errors import EdgetuneError, GateError, Problem, TerminatedError, failure
+from edgetune.console import as_json, encoding, print_finding, show_samples, tell
+from edgetune.errors import (
+    EXIT_INTERRUPTED,
+    EdgetuneError,
+    GateError,
+    Problem,
+    TerminatedError,
+    failure,
+    missing_extra,
+)
 from edgetune.project import Project
 
 if TYPE_CHECKING:
-    from edgetune.contract import Contract
-    from edgetune.generation import Sampling
-    from edgetune.infer import Record
-    from edgetune.row import Row
+    from collections.abc import Callable
+
+    from edgetune.distributed import Launched
     from edgetune.schema import Workflow
     from edgetune.stages import Job
-    from edgetune.surroundings import Finding
+    from edgetune.torchrun import Torchrun
 
-EXIT_INTERRUPTED = 130
 _MOST_PROBLEMS = 50
 
 
@@ -35,13 +38,18 @@ def _start(arguments: argparse.Namespace, load: "Callable[[Project], Workflow] |
     from edgetune.stages import Job
 
     project = Project.find(arguments.project)
+    if load is None and getattr(arguments, "engine", "native") == "olive":
+        project = replace(project, olive=True)
     return Job.start(project, (load or config.load)(project), Progress(project.events))
 
 
-def _run_steps(arguments: argparse.Namespace, last: str, **options: Any) -> "Job":
+def _run_steps(
+    arguments: argparse.Namespace, last: str, processes: "Torchrun | Launched | None" = None, **options: Any
+) -> "Job":
     from edgetune import workflow
 
     job = _start(arguments)
+    job.processes = processes
     job.max_bad = getattr(arguments, "max_bad", None)
     workflow.run(job, last, **options)
     return job
@@ -65,39 +73,17 @@ def data(arguments: argparse.Namespace) -> None:
         found = dataset.metrics(job)
     except EdgetuneError as error:
         if arguments.json:
-            print(_json({"problems": [vars(problem) for problem in error.problems]}))
+            print(as_json({"problems": [vars(problem) for problem in error.problems]}))
         raise
     samples = preview.samples(job, arguments.show)
     if arguments.json:
-        print(_json(found | {"problems": [], "samples": samples}))
+        print(as_json(found | {"problems": [], "samples": samples}))
         return
     for warning in found["warnings"]:
-        _tell(f"warning: {warning['where']}: {warning['message']}\nhint: {warning['hint']}")
-    for line in preview.summary(job, found, bar="█" if _encoding() == "utf-8" else "#"):
+        tell(f"warning: {warning['where']}: {warning['message']}\nhint: {warning['hint']}")
+    for line in preview.summary(job, found, bar="█" if encoding() == "utf-8" else "#"):
         print(line)
-    _show(samples)
-
-
-def _show(samples: list[Any]) -> None:
-    from edgetune import preview
-
-    colour = _is_coloured()
-    write: Callable[[Any], None] = print
-    if colour:
-        from rich.console import Console
-
-        write = partial(Console().print, soft_wrap=True)
-    show = preview.coloured if colour else preview.bracketed
-    if samples:
-        print("\nsamples as they are trained on, in these marks:", end=" ")
-        write(show(preview.LEGEND))
-    for number, tokens in enumerate(samples, start=1):
-        print(f"\n{number}. {len(tokens)} tokens, {sum(token['learned'] for token in tokens)} of them learned")
-        write(show(tokens))
-
-
-def _is_coloured() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    show_samples(samples)
 
 
 def _write_split(arguments: argparse.Namespace) -> None:
@@ -108,13 +94,14 @@ def _write_split(arguments: argparse.Namespace) -> None:
     counts = write_split(job, arguments.write_split)
     total = sum(counts.values())
     for role, count in counts.items():
-        _tell(f"{job.project.name(job.project.split_file(role))}: {count:,} rows, {count / total:.0%}")
-    _tell(f"{job.project.name(job.project.config)} points there")
+        tell(f"{job.project.name(job.project.split_file(role))}: {count:,} rows, {count / total:.0%}")
+    tell(f"{job.project.name(job.project.config)} points there")
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Train the adapter (after whatever is missing before it)."""
-    _print_result(_run_steps(arguments, "train"), "train")
+    _check_processes(arguments)
+    _tune(arguments, "train")
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -131,7 +118,7 @@ def export(arguments: argparse.Namespace) -> None:
     job = _run_steps(arguments, "export")
     model = exported(job, job.keys["export"]) or job.project.stage_folder("export")  # verify may have moved it on
     if arguments.json:
-        print(_json({"rungs": found, "model": job.project.name(model)}))
+        print(as_json({"rungs": found, "model": job.project.name(model)}))
     else:
         print(job.project.name(model))
 
@@ -151,14 +138,15 @@ def _climb(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from edgetune import ladder, workflow
 
     job = _start(arguments)
-    workflow.run(job, "merge" if job.workflow.tuning else "data")
+    ladder.check(job)
+    workflow.run(job, "merge" if job.workflow.merges else "train" if job.workflow.tuning else "data")
     found = ladder.climb(job, ladder.Wanted(arguments.max_drop, arguments.max_ms_per_token))
     rungs = [vars(one) for one in found]
     refusal = ladder.refusal(job, found)
     if not arguments.json:
         print("\n".join(ladder.table(found)), flush=True)
     elif refusal:
-        print(_json({"rungs": rungs, "model": None}))
+        print(as_json({"rungs": rungs, "model": None}))
     if refusal:
         raise refusal
     return rungs
@@ -166,16 +154,17 @@ def _climb(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def verify(arguments: argparse.Namespace) -> None:
     """Prove that the exported model is the one that was trained; publish it, or set it aside."""
-    from edgetune import workflow
+    from edgetune import olive, workflow
     from edgetune.verify import Limits, read_verdict
 
     job, refusal = _start(arguments), None
+    check = olive.check if job.project.olive else workflow.check
     try:
-        workflow.check(job, Limits(arguments.rows, arguments.max_drop))
+        check(job, Limits(arguments.rows, arguments.max_drop))
     except GateError as error:
         refusal = error
     if arguments.json:
-        print(_json(read_verdict(job)))
+        print(as_json(read_verdict(job)))
     elif not refusal:
         _print_result(job, "verify")
     if refusal:
@@ -184,11 +173,23 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def finetune(arguments: argparse.Namespace) -> None:
     """Download, check, train, merge, export and verify; each step only if its inputs changed."""
+    from edgetune import in_job
+
+    _check_processes(arguments)
+    mounts = [(source, name) for source, name in arguments.mount]
+    given = in_job.Surroundings(
+        mounts, arguments.base_model, arguments.hub_token, arguments.copy_results, arguments.engine == "olive"
+    )
+    with in_job.prepared(Project.find(arguments.project), given, tell):
+        _finetune(arguments)
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
     if arguments.smoke:
         _smoke(arguments)
         return
     if arguments.engine == "native":
-        _print_result(_run_steps(arguments, "verify"), "verify")
+        _tune(arguments, "verify")
         return
     from edgetune import config, olive
 
@@ -196,145 +197,121 @@ def finetune(arguments: argparse.Namespace) -> None:
     print(job.project.name(olive.run(job)))
 
 
-def _smoke(arguments: argparse.Namespace) -> None:
-    from edgetune import smoke
+def _check_processes(arguments: argparse.Namespace) -> None:
+    """Refuse options, or a launcher, that would not count; forget a launcher that has started one process."""
+    from edgetune import distributed
 
-    if arguments.engine != "native":
+    smoke, olive = vars(arguments).get("smoke"), vars(arguments).get("engine") == "olive"
+    if smoke and olive:
         arguments.refuse("--smoke tries the native engine: leave out --engine")
+    launched = distributed.started()
+    machines = [option.partition("=")[0] for option in _torchrun_options(arguments)]
+    given = [*(["--nproc"] if arguments.nproc > 1 else []), *machines]
+    if olive and (launched or given):
+        without = ", ".join(given) or "the launcher"
+        arguments.refuse(f"--engine olive is one process: leave out {without}")
+    if smoke and (launched or machines):
+        arguments.refuse("--smoke is for one machine, where --nproc says how many processes train")
+    if launched and given:
+        arguments.refuse(
+            f"a launcher says how many processes train here: leave out {', '.join(given)} "
+            "(Azure ML: process_count_per_instance)"
+        )
+    if os.environ.get("WORLD_SIZE") == "1":
+        distributed.forget_launcher()
+
+
+def _tune(arguments: argparse.Namespace, last: str) -> None:
+    """Run the steps; train in as many processes as were asked for, or as a launcher has started."""
+    from edgetune import distributed, torchrun
+
+    passed_on = _torchrun_options(arguments)
+    if distributed.started():
+        _tune_with_others(arguments, last)
+    elif passed_on:
+        max_bad = [] if arguments.max_bad is None else [f"--max-bad={arguments.max_bad}"]
+        results = vars(arguments).get("copy_results")
+        copied = [f"--copy-results={results.absolute()}"] if results else []
+        debug = ["--debug"] if arguments.debug else []
+        command = [arguments.run.__name__, f"--project={arguments.project.absolute()}", *max_bad, *copied, *debug]
+        torchrun.on_machines(passed_on, arguments.nproc, command)
+    else:
+        processes = torchrun.Torchrun(arguments.nproc) if arguments.nproc > 1 else None
+        _print_result(_run_steps(arguments, last, processes), last)
+
+
+def _tune_with_others(arguments: argparse.Namespace, last: str) -> None:
+    """Run the steps as the first process, take part in the training as any other one."""
+    from edgetune import worker
+    from edgetune.distributed import Launched, Team
+
+    try:
+        team = Team.connect()
+    except ImportError as error:
+        raise missing_extra("train", error) from None
+    if team.rank:
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(wanted, signal.SIG_DFL)  # the first process is the one that says so
+        with team.leaving():
+            job = _start(arguments)
+            job.max_bad = arguments.max_bad
+            worker.take_part(job, team)
+        return
+    try:
+        _print_result(_run_steps(arguments, last, Launched(team)), last)
+    finally:
+        team.dismiss()
+
+
+def _torchrun_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options for torchrun that were given."""
+    given = {name: getattr(arguments, name[2:].replace("-", "_")) for name in options.TORCHRUN_OPTIONS}
+    return [f"{name}={value}" for name, value in given.items() if value is not None]
+
+
+def _smoke(arguments: argparse.Namespace) -> None:
+    from edgetune import smoke, torchrun
+
     job = _start(arguments)
     job.max_bad = arguments.max_bad
+    job.processes = torchrun.Torchrun(arguments.nproc) if arguments.nproc > 1 else None
     print("\n".join(smoke.summary(smoke.run(job))))
 
 
 def infer(arguments: argparse.Namespace) -> None:
     """Ask a model: texts, a JSONL file of rows, or in a chat."""
-    from edgetune import infer as asking
+    from edgetune import ask
 
-    _check_ways_to_ask(arguments)
+    ask.check(arguments)
+    ask.run(_start(arguments), arguments)
+
+
+def adapters(arguments: argparse.Namespace) -> None:
+    """List the adapters beside the exported model, or take one from another project."""
+    from edgetune import adapters as beside
+    from edgetune import config
+    from edgetune.backends import folder_of
+
+    if arguments.name and not arguments.add:
+        arguments.refuse("--name can only be given with --add")
     job = _start(arguments)
-    given = asking.settings(arguments.set)
-    if arguments.chat:
-        _chat(job, arguments, given)
-        return
-    rows = _questions(job.workflow.contract, arguments, given)
-    _warn_of_old_results(job, arguments.backend)
-    records = _ask(job, arguments, rows)
-    said = asking.summary(records)
-    output = arguments.output or (job.project.outputs(arguments.backend) if arguments.prompts else None)
-    if output:
-        asking.write_records(output, records)
-        said += f"; written to {job.project.name(output.absolute())}"
-    _tell(said)
-
-
-def _check_ways_to_ask(arguments: argparse.Namespace) -> None:
-    """End with a usage error when options exclude each other."""
-    given = {
-        "a text": arguments.text,
-        "--prompts": arguments.prompts,
-        "--set": arguments.set,
-        "--output": arguments.output,
-        "--json": arguments.json,
-    }
-    if arguments.chat and (wrong := [name for name in given if given[name] and name != "--set"]):
-        arguments.refuse(f"--chat asks for lines itself: leave out {', '.join(wrong)}")
-    if arguments.prompts and (wrong := [name for name in ("a text", "--set") if given[name]]):
-        arguments.refuse(f"--prompts brings whole rows: leave out {', '.join(wrong)}")
-    if arguments.output and arguments.output.is_dir():
-        raise failure(f"{arguments.output} is a folder", hint="--output takes the name of a file")
-
-
-def _questions(contract: "Contract", arguments: argparse.Namespace, given: dict[str, str]) -> "list[Row]":
-    """Read what is asked, from the command line, a file or the standard input."""
-    from edgetune import infer as asking
-
-    if arguments.prompts:
-        return asking.rows_from_file(contract, arguments.prompts, _stdin())
-    texts = arguments.text
-    if not texts and given.keys() >= set(contract.prompt_columns):
-        return asking.rows_from_texts(contract, [None], given)
-    if not texts and _stdin().isatty():
-        arguments.refuse("nothing to ask: give a text, --prompts FILE.jsonl or --chat")
-    if asking.STDIN in (texts or [asking.STDIN]):
-        contract.question("", given)  # before a person types in vain
-        piped = asking.text_from(_stdin())
-        texts = [piped if text == asking.STDIN else text for text in texts or [asking.STDIN]]
-    return asking.rows_from_texts(contract, texts, given)
-
-
-def _ask(job: "Job", arguments: argparse.Namespace, rows: "list[Row]") -> "list[Record]":
-    """Answer and print. What libraries print meanwhile goes to the log, so this keeps to the real output."""
-    from edgetune import infer as asking
-
-    screen = sys.stdout
-    streamed = screen.isatty() and not arguments.prompts and not arguments.json
-    held = screen.isatty() and job.progress.live and not streamed  # a progress bar and answers would mix
-    line = partial(_answer_line, arguments, job.workflow.contract, _encoding())
-    records: list[Record] = []
-    asker = asking.Asker.open(job, arguments.backend)
-    with job.progress.running("infer", job.project.log("infer")):
-        stream = partial(_write, screen) if streamed else None
-        for row, record in zip(rows, asking.answers(job, asker, rows, _sampling(arguments), stream), strict=True):
-            records.append(record)
-            if not held:
-                print("" if streamed else line(row, record), file=screen, flush=True)
-    for row, record in zip(rows, records, strict=True) if held else ():
-        print(line(row, record))
-    return records
-
-
-def _answer_line(
-    arguments: argparse.Namespace, contract: "Contract", encoding: str, row: "Row", record: "Record"
-) -> str:
+    model = folder_of(job, "onnx")
+    if arguments.add:
+        other = Project.find(arguments.add)
+        if not arguments.add.is_dir() or other.root == job.project.root:
+            raise failure("this is no other project", where=str(arguments.add), hint="name another project's folder")
+        contract = config.load(other).contract
+        path = beside.add(job, model, other.stage_folder("train"), arguments.name or other.root.name)
+        tell(f"{job.project.name(path)}: ask it with `edgetune infer --adapter {path.stem}`")
+        if contract != job.workflow.contract:
+            tell("warning: it was trained on another template than this project has, which `edgetune infer` asks it in")
+    found = beside.found(job, model)
     if arguments.json:
-        return _json(record, indent=None, encoding=encoding)
-    return f"{contract.shown(row.values)} → {record['answer']}" if arguments.prompts else str(record["answer"])
-
-
-def _chat(job: "Job", arguments: argparse.Namespace, given: dict[str, str]) -> None:
-    from edgetune import chat
-    from edgetune import infer as asking
-
-    chat.check(job.workflow.contract, given)
-    _warn_of_old_results(job, arguments.backend)
-    asker = asking.Asker.open(job, arguments.backend)
-    sampling = _sampling(arguments)
-    chat.Chat(asker, sampling, given, write=partial(_write, sys.stdout), tell=_tell).run(_line_reader())
-
-
-def _stdin() -> BinaryIO:
-    return sys.stdin.buffer if sys.stdin is not None else io.BytesIO()  # the standard input may be closed
-
-
-def _line_reader() -> Callable[[], str]:
-    """Return what reads a line: behind a prompt with history on a terminal, plainly from a pipe."""
-    if _stdin().isatty():
-        with suppress(ImportError):
-            import readline  # noqa: F401 - gives input() its history
-        return partial(input, "> ")
-    lines = io.TextIOWrapper(_stdin(), encoding="utf-8", errors="surrogateescape")
-
-    def read() -> str:
-        if line := lines.readline():
-            return line.rstrip("\r\n")
-        raise EOFError
-
-    return read
-
-
-def _sampling(arguments: argparse.Namespace) -> "Sampling":
-    from dataclasses import fields
-
-    from edgetune.generation import Sampling
-
-    return Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
-
-
-def _warn_of_old_results(job: "Job", backend: str) -> None:
-    from edgetune import infer as asking
-
-    if stale := asking.stale(job, backend):
-        _tell(f"warning: the {backend} model is older than the project ({stale}); `edgetune finetune` renews it")
+        print(as_json([vars(one) for one in found]))
+        return
+    for one in found:
+        ranks = ", ".join(map(str, one.ranks))
+        print(f"{one.name:<20} {one.bytes / 1e6:>8.2f} MB  rank {ranks:<4}  {one.file}  {one.fault}".rstrip())
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -345,7 +322,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     measuring.check_data(job)
     refusal = _tuned(job)
     found = measuring.evaluate(job, arguments.limit)
-    print(_json(found) if arguments.json else "\n".join(measuring.table(found)))
+    print(as_json(found) if arguments.json else "\n".join(measuring.table(found)))
     if refusal:
         raise refusal
 
@@ -369,8 +346,11 @@ def _tuned(job: "Job") -> GateError | None:
 
     Raises EdgetuneError when there is an adapter that would be trained again: who measures does not ask for that.
     """
-    from edgetune import workflow
+    from edgetune import olive, workflow
 
+    if job.project.olive:
+        olive.open_job(job)
+        return None
     adapter = next((state for state in workflow.status(job) if state.step == "train"), None)
     if adapter and adapter.state == "stale":
         hint = "run `edgetune finetune` to train again, or take the changes back"
@@ -389,7 +369,7 @@ def package(arguments: argparse.Namespace) -> None:
     job = _start(arguments)
     print(job.project.name(packing.build(job, zipped=arguments.zip)))
     if arguments.zip:
-        _tell(f"the same in one file: {job.project.name(job.project.archive)}")
+        tell(f"the same in one file: {job.project.name(job.project.archive)}")
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -404,28 +384,16 @@ def doctor(arguments: argparse.Namespace) -> None:
     for finding in examining.findings(project):
         found.append(finding)
         if not arguments.json:
-            _print_finding(finding)
+            print_finding(finding)
     if arguments.json:
-        print(_json([vars(finding) for finding in found]))
+        print(as_json([vars(finding) for finding in found]))
     elif project is None:
-        _tell("no project here: only the machine was examined")
+        tell("no project here: only the machine was examined")
     if failed := [finding.name for finding in found if finding.state == "fail"]:
         raise failure(
             f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}",
             hint="the line below each says what to do",
         )
-
-
-def _print_finding(finding: "Finding") -> None:
-    said = f"{finding.name:<12}{finding.summary}" + (f"\n{'':<17}{finding.remedy}" if finding.remedy else "")
-    if not _is_coloured():
-        print(f"{finding.state:<5}{said}")
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    colour = {"ok": "green", "warn": "yellow", "fail": "bold red"}[finding.state]
-    Console().print(Text.assemble((f"{finding.state:<5}", colour), said), soft_wrap=True)
 
 
 def status(arguments: argparse.Namespace) -> None:
@@ -434,7 +402,7 @@ def status(arguments: argparse.Namespace) -> None:
 
     states = workflow.status(_start(arguments))
     if arguments.json:
-        print(_json([vars(state) for state in states]))
+        print(as_json([vars(state) for state in states]))
         return
     for state in states:
         print(f"{state.step:<9} {state.state:<12} {state.folder:<32} {state.detail}".rstrip())
@@ -446,57 +414,55 @@ def migrate(arguments: argparse.Namespace) -> None:
 
     result = migrating.migrated(arguments.old)
     if result is None:
-        _tell(f"{arguments.old} is a workflow file of today already: there is nothing to migrate")
+        tell(f"{arguments.old} is a workflow file of today already: there is nothing to migrate")
         return
     new = arguments.output or migrating.default_output(arguments.old)
     files = migrating.outputs(new, result)
     for note in result.notes:
-        _tell(f"{note.where}: {'to do: ' if note.kind == 'to do' else ''}{note.text}")
+        tell(f"{note.where}: {'to do: ' if note.kind == 'to do' else ''}{note.text}")
     by_olive = migrating.check_with_olive(result.text, arguments.old)
     migrating.write(files)
     for line in migrating.summary(new, result, by_olive=by_olive):
-        _tell(line)
+        tell(line)
     for path in files:
         print(path)
+
+
+def submit(arguments: argparse.Namespace) -> None:
+    """Fine-tune on Azure ML: send the project as a job, show its log, and bring gen-model/ back."""
+    from edgetune import azureml, job_file
+
+    project = Project.find(arguments.project)
+    if arguments.dry_run:
+        print("\n".join(azureml.dry_run(project)))
+        return
+    workspace = job_file.Workspace.find() if arguments.attach else job_file.check(project)
+    client = azureml.Client.connect(workspace)
+    name = arguments.attach or azureml.send(project, client, tell)
+    azureml.follow(client, name, tell)
+    azureml.fetch(project, client, name)
+    print(project.name(project.results))
 
 
 def _print_result(job: "Job", stage: str) -> None:
     print(job.project.name(job.project.stage_folder(stage)))
 
 
-def _write(screen: TextIO, text: str) -> None:
-    screen.write(text)
-    screen.flush()
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _json(content: Any, indent: int | None = 2, encoding: str = "") -> str:
-    """Write JSON that stays JSON on an output of another encoding than UTF-8."""
-    return json.dumps(content, indent=indent, ensure_ascii=(encoding or _encoding()) != "utf-8")
-
-
-def _encoding() -> str:
-    return codecs.lookup(sys.stdout.encoding or "ascii").name
-
-
 def _report(problems: tuple[Problem, ...]) -> None:
     for problem in problems[:_MOST_PROBLEMS]:
-        _tell(f"error: {problem.where + ': ' if problem.where else ''}{problem.message}")
+        tell(f"error: {problem.where + ': ' if problem.where else ''}{problem.message}")
         if problem.hint:
-            _tell(f"hint: {problem.hint}")
+            tell(f"hint: {problem.hint}")
     if len(problems) > _MOST_PROBLEMS:
-        _tell(f"error: … and {len(problems) - _MOST_PROBLEMS} more like these")
+        tell(f"error: … and {len(problems) - _MOST_PROBLEMS} more like these")
 
 
 def _terminate(_signal: int, _frame: object) -> None:
     raise TerminatedError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code (0 done, 1 fixable, 2 usage, 3 gate failed, 130 interrupted)."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     commands = (
         download,
         data,
@@ -506,14 +472,21 @@ def main(argv: list[str] | None = None) -> int:
         export,
         verify,
         infer,
+        adapters,
         evaluate,
         report,
         package,
         status,
         doctor,
         migrate,
+        submit,
     )
-    arguments = options.parser(commands).parse_args(argv)
+    return options.parser(commands)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code (0 done, 1 fixable, 2 usage, 3 gate failed, 130 interrupted)."""
+    arguments = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -534,6 +507,6 @@ def main(argv: list[str] | None = None) -> int:
         _report((Problem(error.strerror, str(error.filename or ""), "mend that and run the same command again"),))
         return 1
     except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to continue")
+        tell("interrupted; run the same command again to continue")
         return EXIT_INTERRUPTED
     return 0

@@ -1,18 +1,24 @@
 """Read the Olive workflow file: every problem at once, with its line and the way out."""
 
 import difflib
+import json
 import os
 import re
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from edgetune.adapter_inputs import MODULES
 from edgetune.data_schema import FILE_FORMATS, DataConfig, LoadDataset, PreProcess, WrongKeyError
 from edgetune.errors import EdgetuneError, Problem, refuse
+from edgetune.installed import olive_passes
 from edgetune.migration.signs import old_style
 from edgetune.project import Project
 from edgetune.schema import (
+    NATIVE,
     PRECISIONS,
     Accelerator,
     DoRA,
@@ -22,6 +28,7 @@ from edgetune.schema import (
     LoRA,
     MergeAdapterWeights,
     ModelBuilder,
+    OtherPass,
     QLoRA,
     System,
     TrainingArguments,
@@ -70,13 +77,11 @@ _SECRETS = {
 """What must not stand in a file that is committed."""
 
 _FINE_TUNING = ("LoRA", "QLoRA", "DoRA")
-_ORDERS = [
-    [*before, *gptq, "ModelBuilder"]
-    for before in ([], *([tuning, "MergeAdapterWeights"] for tuning in _FINE_TUNING))
-    for gptq in ([], ["Gptq"])
-]
-"""The passes that the native engine runs, in the orders in which they make sense."""
+_BESIDE = ["LoRA", "ModelBuilder"]
+_ORDERS = [["ModelBuilder"], *([tuning, "MergeAdapterWeights", "ModelBuilder"] for tuning in _FINE_TUNING)]
+"""The passes that the native engine runs itself. Any others stand before ModelBuilder or behind it."""
 
+_NO_FSDP = "remove it: the base model is not divided among processes; each has all of it, which QLoRA makes smaller"
 _OLIVE = "run with `--engine olive`"
 _README = "fine-tuning/README.md explains the keys"
 
@@ -95,11 +100,12 @@ def check(source: JsonSource, project: Project) -> Workflow:
     """Check what was read. Raises EdgetuneError with every problem of the file, each with its line."""
     problems = source.duplicate_problems()
     try:
-        workflow = Workflow.model_validate(source.data).located(source)
+        workflow = Workflow.model_validate(_known(source.data) if project.olive else source.data).located(source)
     except ValidationError as error:
         problems += [_explain(details, source) for details in error.errors()]
         raise EdgetuneError(problems) from None
-    problems += _check_references(workflow)
+    order = _check_order_for_olive(workflow) if project.olive else _check_passes(workflow)
+    problems += order or _check_references(workflow)
     if not problems:
         problems += _check_meaning(workflow, project)
     if problems:
@@ -163,11 +169,28 @@ def read(path: Path, name: str) -> JsonSource:
     return source
 
 
+def _known(data: Any) -> Any:
+    """Return the content of the file without keys that stock Olive alone understands: it has done its work."""
+    data = json.loads(json.dumps(data))
+    try:
+        Workflow.model_validate(data)
+    except ValidationError as error:
+        unknown = [_place(details["loc"]) for details in error.errors() if details["type"] == "extra_forbidden"]
+        for *place, key in unknown:
+            del reduce(getitem, place, data)[key]
+        return _known(data) if unknown else data
+    return data
+
+
+def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Return where a value stands: a discriminated union puts its tag into the location, the file has no such level."""
+    return tuple(p for i, p in enumerate(location) if not (i == 2 and location[0] == "passes"))  # noqa: PLR2004
+
+
 def _explain(error: Any, source: JsonSource) -> Problem:
     """Turn one of pydantic's errors into a problem with a line and a hint."""
     location: tuple[str | int, ...] = error["loc"]
-    # A discriminated union puts its tag into the location; the file knows no such level.
-    path = tuple(p for i, p in enumerate(location) if not (i == 2 and location[0] == "passes"))  # noqa: PLR2004
+    path = _place(location)
     where, key = source.where(*path), str(location[-1]) if location else "the file"
     owner = next((_SECTIONS[p] for p in reversed(location[:-1]) if p in _SECTIONS), Workflow)
     if key in _RENAMED and error["type"] == "extra_forbidden":
@@ -176,14 +199,12 @@ def _explain(error: Any, source: JsonSource) -> Problem:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, owner.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"remove it, or {_OLIVE} if stock Olive knows it"
+        hint = _NO_FSDP if key.startswith("fsdp") else hint
         return Problem(f"the native engine does not know the key {key!r}", where, hint)
     if error["type"] == "missing":
         return Problem(f"the key {key!r} is missing", where, _README)
     if error["type"] == "union_tag_not_found":
         return Problem(f"the pass {key!r} has no 'type'", where, _README)
-    if error["type"] == "union_tag_invalid":
-        tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
-        return Problem(f"the native engine has no pass of type {tag!r}", where, f"it has {known}; else {_OLIVE}")
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(cause := error.get("ctx", {}).get("error"), WrongKeyError):
         path = (*path, cause.key)
@@ -191,15 +212,63 @@ def _explain(error: Any, source: JsonSource) -> Problem:
     return Problem(f"{'.'.join(map(str, path))}: {message[0].lower()}{message[1:]}", where, _README)
 
 
-def _check_references(workflow: Workflow) -> list[Problem]:
-    """Check that names used in the file are defined in it, and that the passes are in a usable order."""
-    order = [p.type for p in workflow.passes.values()]
-    if order not in _ORDERS:
+def _check_passes(workflow: Workflow) -> list[Problem]:
+    """Check that Olive has the passes that are not native, and that all are in a usable order."""
+    problems = []
+    for name, step in workflow.passes.items():
+        where = workflow.where("passes", name)
+        if len(workflow.exporting) > 1 and not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # it names a folder
+            problems.append(Problem(f"the pass is called {name!r}", where, "use letters, digits, - and _"))
+        if isinstance(step, OtherPass):
+            problems += _check_other(step.type, where)
+    order = [step.type for step in workflow.passes.values()]
+    if not problems and not _is_usable(order):
         hint = (
-            f"use one of {', '.join(_FINE_TUNING)}, then MergeAdapterWeights and ModelBuilder; "
-            f"ModelBuilder alone, to export the base model; Gptq right before ModelBuilder if you like; or {_OLIVE}"
+            f"use one of {', '.join(_FINE_TUNING)}, then MergeAdapterWeights and ModelBuilder; LoRA and ModelBuilder, "
+            f"to leave the adapter beside the exported model (QLoRA and DoRA change more than an adapter there can); "
+            f"ModelBuilder alone, to export the base model; other passes right before ModelBuilder, or those for ONNX "
+            f"behind it, unless an adapter is left beside; or {_OLIVE}"
         )
-        return [Problem(f"the native engine does not run these passes: {order}", workflow.where("passes"), hint)]
+        message = f"the native engine does not run these passes: {order}"
+        problems.append(Problem(message, workflow.where("passes"), hint))
+    return problems
+
+
+def _is_usable(order: list[str]) -> bool:
+    """Tell whether passes stand where the native engine can run them: others take a whole model, of one kind."""
+    if order == _BESIDE:
+        return True
+    native = [kind for kind in order if kind in NATIVE and kind != "Gptq"]
+    if native not in _ORDERS or order[: len(native) - 1] != native[:-1]:
+        return False
+    modules, builder = olive_passes() or {}, order.index("ModelBuilder")
+    before, after = order[len(native) - 1 : builder], order[builder + 1 :]
+    return not (
+        any(".onnx." in modules.get(kind, "") for kind in before)
+        or any(".pytorch." in modules.get(kind, "") or kind == "Gptq" for kind in after)
+    )
+
+
+def _check_order_for_olive(workflow: Workflow) -> list[Problem]:
+    """Check for what has to be known to ask a model that stock Olive made, in whatever order."""
+    if any(step.type == "ModelBuilder" for step in workflow.passes.values()):
+        return []
+    message = "the workflow has no ModelBuilder pass, so there is nothing to ask"
+    return [Problem(message, workflow.where("passes"), _README)]
+
+
+def _check_other(kind: str, where: str) -> list[Problem]:
+    known = olive_passes()
+    if known is None or kind in known:  # without Olive nobody can tell, until it is needed
+        return []
+    near = difflib.get_close_matches(kind.lower(), {name.lower(): name for name in known}, n=1)
+    found = {name.lower(): name for name in known}
+    hint = f"did you mean {found[near[0]]!r}?" if near else f"edgetune has {', '.join(NATIVE)}"
+    return [Problem(f"neither edgetune nor Olive has a pass of type {kind!r}", where, hint)]
+
+
+def _check_references(workflow: Workflow) -> list[Problem]:
+    """Check that names used in the file are defined in it."""
     names = [data.name for data in workflow.data_configs]
     tuning, systems = workflow.tuning, list(workflow.systems)
     used = [
@@ -211,9 +280,12 @@ def _check_references(workflow: Workflow) -> list[Problem]:
             (key, getattr(tuning, key), names, workflow.where_in_tuning(key))
             for key in ("train_data_config", "eval_data_config")
         ]
-    if workflow.gptq is not None:
-        where = workflow.where_in_pass("Gptq", "data_config")
-        used.append(("data_config", workflow.gptq.data_config, names, where))
+    used += [
+        (key, value, names, workflow.where("passes", name, key))
+        for name, step in workflow.exporting.items()
+        for key, value in step.model_dump().items()
+        if key.endswith("data_config")
+    ]
     repeated = [
         Problem(f"two data sets are called {data.name!r}", workflow.where("data_configs", index, "name"), "rename one")
         for index, data in enumerate(workflow.data_configs)
@@ -228,7 +300,7 @@ def _check_references(workflow: Workflow) -> list[Problem]:
 
 def _check_meaning(workflow: Workflow, project: Project) -> list[Problem]:
     """Check what only the values together can tell."""
-    problems = _check_export(workflow)
+    problems = _check_export(workflow) + ([] if project.olive else _check_adapter(workflow))
     if not base_model_id(workflow, project):
         message = f"model_path must be ../model-cache/<org>/<name>, not {workflow.input_model.model_path!r}"
         hint = "use the id of a model on the Hub below ../model-cache/"
@@ -238,6 +310,26 @@ def _check_meaning(workflow: Workflow, project: Project) -> list[Problem]:
         where = workflow.where_contract(evaluation)
         problems.append(Problem("training and evaluation data have different templates", where, "make them equal"))
     return problems
+
+
+def _check_adapter(workflow: Workflow) -> list[Problem]:
+    """Check that an adapter that is not merged changes only what it can change beside the exported model."""
+    problems = list[Problem]()
+    if workflow.merges or workflow.tuning is None:
+        return problems
+    for key, value in (("precision", "bf16"), ("use_cuda_bf16", True)):
+        if getattr(workflow.builder, key) == value:
+            message, where = (
+                "an adapter beside a model in bfloat16 cannot be written",
+                workflow.where_in_pass("ModelBuilder", key),
+            )
+            problems.append(Problem(message, where, "add a MergeAdapterWeights pass, or choose int4 or fp16"))
+    unfit = [name for name in workflow.tuning.target_modules or () if name.rpartition(".")[2] not in MODULES]
+    hint = f"add a MergeAdapterWeights pass before ModelBuilder, or train only {', '.join(MODULES)}"
+    where = workflow.where_in_tuning("target_modules")
+    return problems + [
+        Problem(f"what is trained of {name} cannot stay beside the exported model", where, hint) for name in unfit
+    ]
 
 
 def _check_export(workflow: Workflow) -> list[Problem]:

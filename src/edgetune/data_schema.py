@@ -70,7 +70,8 @@ class LoadDataset(Strict):
     def _are_files_of_this_machine(cls, value: Any) -> Any:
         if isinstance(value, dict):
             raise ValueError('write a file, or a list of files; the part for training is then called "split": "train"')  # noqa: TRY004 - pydantic turns only ValueError into a problem
-        if any("://" in str(name) for name in _as_list(value) or ()):
+        names = _as_list(value)
+        if isinstance(names, list) and any("://" in str(name) for name in names):
             raise ValueError("addresses are not fetched: download the file into datasets/ first")
         return value
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from edgetune import base_model, hub
+from edgetune import base_model, hub, mlflow_folder
 from edgetune.errors import EdgetuneError, failure, refuse
 from edgetune.project import BUILTIN_MODELS
 from edgetune.stages import Job, is_intact, partial_folder, publish, sha256, write_json
@@ -111,7 +111,8 @@ def _may_adopt(job: Job, locked: LockEntry | None, *, update_lock: bool) -> bool
 def _fetch(job: Job, target: Path, source: Path | None, locked: LockEntry | None) -> LockEntry:
     """Fill ``target`` from where the base model comes from, and return what the lock is to say of it."""
     if source is not None:
-        return _copy(job, source, target, "local")
+        with mlflow_folder.flat(source) as folder:
+            return _copy(job, folder, target, "local")
     if locked is not None and locked.source == "local":
         raise _gone(job, locked)
     if job.base_id in BUILTIN_MODELS:
@@ -162,6 +163,12 @@ def _check_revision(job: Job, locked: LockEntry) -> None:
             where=job.workflow.where("input_model", "load_kwargs", "trust_remote_code"),
             hint=f"read that code, then {hint}",
         )
+
+
+def is_local(job: Job) -> bool:
+    """Tell whether the base model is locked to weights that no Hub has. Raises EdgetuneError for a damaged lock."""
+    locked = _read_lock(job).get(job.base_id)
+    return locked is not None and locked.source == "local"
 
 
 def locked_sizes(job: Job) -> dict[Path, int]:

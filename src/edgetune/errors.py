@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+EXIT_INTERRUPTED = 130
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -43,6 +45,11 @@ def refuse(problems: Iterable[Problem]) -> None:
     """Raise EdgetuneError when there are problems."""
     if found := tuple(problems):
         raise EdgetuneError(found)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line that a library's error says, or its type when it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def missing_extra(extra: str, cause: ImportError) -> EdgetuneError:

@@ -70,8 +70,8 @@ def evaluate(job: Job, limit: int | None = None) -> Record:
             if not _is_complete(_answers_file(job, name, limit), keys[name]):
                 # The memory of the exported model is not to have torch in it, which it does not need.
                 imports = () if name == "onnx" else _IMPORTS
-                in_process(_examine, job.project.root, name, folders[name], keys[name], limit, imports=imports)
-        counted = in_process(_count, job.project.root, keys, folders, limit, imports=_IMPORTS)
+                in_process(_examine, job.project, name, folders[name], keys[name], limit, imports=imports)
+        counted = in_process(_count, job.project, keys, folders, limit, imports=_IMPORTS)
         found = {"key": key, "export_key": job.keys["export"], "limit": limit, **counted, "versions": versions()}
         write_json(job.project.metrics, found)
     return found
@@ -151,24 +151,23 @@ def _is_complete(path: Path, key: str) -> bool:
     return bool(lines) and "speed" in lines[-1]
 
 
-def _count(root: Path, keys: dict[str, str], folders: dict[str, Path], limit: int | None) -> Record:
+def _count(project: Project, keys: dict[str, str], folders: dict[str, Path], limit: int | None) -> Record:
     """Count from the answers. Runs in a process of its own, because its imports take seconds."""
-    job = _job(root)
+    job = _job(project)
     with job.progress.running("evaluate", job.project.log("evaluate")):
         job.progress.advance(0, 1, "counting")
         answered = {name: _read(_answers_file(job, name, limit), keys[name]) for name in keys}
         return summarise(job, examples(job, EVAL, limit), answered, folders)
 
 
-def _job(root: Path) -> Job:
-    project = Project(root)
+def _job(project: Project) -> Job:
     return Job.start(project, config.load(project), Progress(project.events))
 
 
-def _examine(root: Path, name: str, model: Path, key: str, limit: int | None) -> None:
+def _examine(project: Project, name: str, model: Path, key: str, limit: int | None) -> None:
     """Ask one backend all that it has not answered yet. Runs in a process of its own."""
     reset_peak_memory()
-    job = _job(root)
+    job = _job(project)
     path = _answers_file(job, name, limit)
     with job.progress.running("evaluate", job.project.log(f"evaluate-{name}")):
         asked = examples(job, EVAL, limit)

@@ -37,9 +37,8 @@ _MADE_IN = {
     "base": ("download",),
     "adapter": ("download", "data", "train"),
     "merged": ("download", "data", "train", "merge"),
-    "onnx": ("download", "data", "train", "merge", "export", "verify"),
 }
-"""The steps that each model depends on."""
+"""The steps that each model depends on; the exported one on all."""
 
 
 def settings(pairs: Iterable[str]) -> dict[str, str]:
@@ -114,11 +113,11 @@ class Asker:
     encoder: Encoder
 
     @classmethod
-    def open(cls, job: Job, name: str) -> "Asker":
+    def open(cls, job: Job, name: str, adapter: str | None = None) -> "Asker":
         """Load a model. Raises EdgetuneError when it is not there."""
         with job.progress.running("load", job.project.log("load")):
             job.progress.advance(0, 1, f"loading the {name} model")
-            backend = open_backend(job, name)
+            backend = open_backend(job, name, adapter)
             return cls(backend, Encoder(job.workflow.contract, backend.folder))
 
     def prompt(self, row: Row, hint: str = "") -> list[int]:
@@ -206,5 +205,6 @@ def stale(job: Job, backend: str) -> str:
     """Say which of the results that a model depends on are older than the project; empty when none is."""
     from edgetune import workflow
 
-    states = [state for state in workflow.status(job) if state.state == "stale" and state.step in _MADE_IN[backend]]
-    return "; ".join(f"{state.step}: {state.detail}" for state in states)
+    states = [state for state in workflow.status(job) if state.state == "stale"]
+    made_in = [state for state in states if backend == "onnx" or state.step in _MADE_IN[backend]]
+    return "; ".join(f"{state.step}: {state.detail}" for state in made_in)

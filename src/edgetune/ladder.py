@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune import config, export, olive_process, verify
+from edgetune import adapters, config, export, olive_process, verify
 from edgetune.architectures import BUILDERS_BLOCK
 from edgetune.backends import OnnxBackend
 from edgetune.checks.answers import quantisation
@@ -76,19 +76,27 @@ def rungs(job: Job) -> Iterator[Rung]:
     yield Rung("int4", settings)
     yield Rung("int4, last layer int8", int4 | {"int4_algo_config": "rtn_last"})
     yield Rung("k_quant_mixed", int4 | {"int4_algo_config": "k_quant_mixed", "int4_is_symmetric": False})
-    if olive_process.is_installed():
+    if olive_process.is_installed() and not adapters.is_beside(job):
         yield Rung("Gptq", settings, gptq=True)
+
+
+def check(job: Job) -> None:
+    """Raise EdgetuneError when the file has passes that no rung goes with."""
+    if job.workflow.gptq:
+        where, hint = job.workflow.where_in_pass("Gptq"), "remove the pass to start from the first rung again"
+        raise failure("the workflow has a Gptq pass, which is the last rung of the ladder", where=where, hint=hint)
+    if len(job.workflow.exporting) > 1:
+        other = next(step.type for step in job.workflow.exporting.values() if step.type != "ModelBuilder")
+        where, hint = job.workflow.where_in_pass(other), "remove the pass to climb, or export without --auto"
+        raise failure(f"the ladder has no rungs with a {other} pass", where=where, hint=hint)
 
 
 def climb(job: Job, wanted: Wanted) -> list[Measured]:
     """Build and measure rungs until one holds; then the workflow file has its settings.
 
     The merged model must be up to date. Without a rung that holds, the last one measured has faults and nothing has
-    changed. Raises EdgetuneError when a rung cannot be built, or the file has settings that no rung goes with.
+    changed. Raises EdgetuneError when a rung cannot be built.
     """
-    if job.workflow.gptq:
-        where, hint = job.workflow.where_in_pass("Gptq"), "remove the pass to start from the first rung again"
-        raise failure("the workflow has a Gptq pass, which is the last rung of the ladder", where=where, hint=hint)
     work, found = partial_folder(job.project.results / "ladder"), list[Measured]()
     file = job.project.config.resolve()  # a link stays one
     candidate = file.with_name(file.name + ".tmp")

@@ -165,5 +165,5 @@ def summary(new: Path, result: Migrated, *, by_olive: bool) -> list[str]:
     checked = "edgetune and stock Olive" if by_olive else "edgetune; not by stock Olive, which is not installed"
     lines = [f"{told}; checked by {checked}"]
     if result.job and CONDA_FILE in result.job and not (new.parent / CONDA_FILE).exists():
-        lines.append(f"to do: {JOB_NAME} takes its environment from setup/conda.yaml, which is not there yet")
+        lines.append(f"to do: {JOB_NAME} needs setup/conda.yaml, which a project with compute=azureml has")
     return [*lines, "next: put it into a project as fine-tuning/olive-config.json, then run `edgetune data`"]

@@ -6,6 +6,16 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+TORCHRUN_OPTIONS = {
+    "--nnodes": ("N", "how many machines train"),
+    "--node-rank": ("N", "which of them this is, from 0"),
+    "--rdzv-backend": ("NAME", "how they find one another, such as c10d"),
+    "--rdzv-endpoint": ("HOST:PORT", "where they find one another"),
+    "--rdzv-id": ("ID", "what this training is called among others there"),
+    "--rdzv-conf": ("KEY=VALUE", "more about that, separated by commas"),
+}
+"""What torchrun has to know to bring machines together: the value, and what it means."""
+
 Command = Callable[[argparse.Namespace], None]
 
 _BACKENDS = ("base", "adapter", "merged", "onnx")  # as in backends.py, which --help has no time to import
@@ -49,17 +59,54 @@ def _of_steps(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-bad", type=_count, metavar="N", help="leave out up to N rows that are bad")
 
 
-def _of_finetune(command: argparse.ArgumentParser) -> None:
+def _of_train(command: argparse.ArgumentParser) -> None:
     _of_steps(command)
+    command.add_argument(
+        "--nproc", type=_positive, default=1, metavar="N", help="train with N processes on this machine (default: 1)"
+    )
+    machines = command.add_argument_group(
+        "training on more than one machine", "Handed on to torchrun; the same command is run on each machine."
+    )
+    for name, (metavar, meaning) in TORCHRUN_OPTIONS.items():
+        machines.add_argument(name, metavar=metavar, help=meaning)
+
+
+def _of_finetune(command: argparse.ArgumentParser) -> None:
+    _of_train(command)
     command.add_argument(
         "--smoke", action="store_true", help="try all steps with two optimiser steps, and tell what a full run takes"
     )
-    command.add_argument(
-        "--engine",
-        choices=("native", "olive"),
-        default="native",
-        help="who runs the workflow file (default: native)",
+    _of_engine(command, "who runs the workflow file (default: native)")
+    _of_job(command)
+
+
+def _of_job(command: argparse.ArgumentParser) -> None:
+    job = command.add_argument_group("in a job of Azure ML", "fine-tuning/azureml-job.yml gives these.")
+    job.add_argument(
+        "--mount",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("INPUT", "NAME"),
+        help="link an input to a name in the project, such as datasets/train.jsonl",
     )
+    job.add_argument(
+        "--base-model", type=Path, metavar="FOLDER", help="take the base model from a folder, an MLflow model's too"
+    )
+    job.add_argument(
+        "--hub-token", default="", metavar="VAULT/SECRET", help="take the token of the Hub from an Azure key vault"
+    )
+    job.add_argument("--copy-results", type=Path, metavar="FOLDER", help="copy gen-model/ to a folder in the end")
+
+
+def _of_submit(command: argparse.ArgumentParser) -> None:
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="check, and print what would be sent")
+    what.add_argument("--attach", metavar="JOB", help="follow a job that was sent before, and get its results")
+
+
+def _of_engine(command: argparse.ArgumentParser, text: str = "whose models (default: native)") -> None:
+    command.add_argument("--engine", choices=("native", "olive"), default="native", help=text)
 
 
 def _of_export(command: argparse.ArgumentParser) -> None:
@@ -82,6 +129,7 @@ def _of_export(command: argparse.ArgumentParser) -> None:
 
 
 def _of_verify(command: argparse.ArgumentParser) -> None:
+    _of_engine(command)
     command.add_argument("--rows", type=_positive, metavar="N", help="examine up to N rows (default: 256)")
     command.add_argument(
         "--max-drop",
@@ -103,6 +151,8 @@ def _of_infer(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--chat", action="store_true", help="ask line by line")
     command.add_argument("--backend", choices=_BACKENDS, default="onnx", help="the model that answers (default: onnx)")
+    command.add_argument("--adapter", metavar="NAME", help="with this adapter beside the onnx model (default: its own)")
+    _of_engine(command)
     command.add_argument("--output", type=Path, metavar="FILE.jsonl", help="where answers are written")
     command.add_argument("--json", action="store_true", help="print JSON lines")
     how = command.add_argument_group(
@@ -118,7 +168,14 @@ def _of_infer(command: argparse.ArgumentParser) -> None:
     how.add_argument("--max-new-tokens", type=_positive, metavar="N", help="limit of an answer's length")
 
 
+def _of_adapters(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--add", type=Path, metavar="PROJECT", help="take the adapter that another project trained")
+    command.add_argument("--name", metavar="NAME", help="what it is called here (default: the other project's folder)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _of_evaluate(command: argparse.ArgumentParser) -> None:
+    _of_engine(command)
     command.add_argument("--limit", type=_positive, metavar="N", help="ask N rows only, always the same ones")
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -146,16 +203,18 @@ _OPTIONS = {
     "download": _of_download,
     "data": _of_data,
     "finetune": _of_finetune,
-    "train": _of_steps,
+    "train": _of_train,
     "merge": _of_steps,
     "export": _of_export,
     "verify": _of_verify,
     "infer": _of_infer,
+    "adapters": _of_adapters,
     "evaluate": _of_evaluate,
     "package": _of_package,
     "status": _of_status,
     "doctor": _of_status,
     "migrate": _of_migrate,
+    "submit": _of_submit,
 }
 
 

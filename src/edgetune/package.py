@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from edgetune import report, workflow
+from edgetune import adapters, report, workflow
 from edgetune.backends import GENAI_CONFIG
 from edgetune.base_model import DOCUMENTS
 from edgetune.contract import Template
@@ -152,6 +152,7 @@ def card(job: Job, found: report.Results, licence: Licence) -> str:
         metadata=_metadata(job, facts, licence),
         licence=licence,
         max_length=settings["search"]["max_length"],
+        adapter=next((name for name in exported["outputs"] if name.endswith(adapters.SUFFIX)), None),
         runtime=exported["versions"].get("onnxruntime-genai"),
         **_example(job),
     )

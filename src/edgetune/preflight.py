@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from edgetune import estimate, installed, machine
 from edgetune.architectures import BUILDERS_BLOCK, largest_block
 from edgetune.base_model import read_config
-from edgetune.errors import Problem, refuse
+from edgetune.errors import Problem, missing_extra, refuse
 from edgetune.estimate import Dtype, Plan, Shape
 from edgetune.loading import fine_tuning
 from edgetune.schema import FineTuning
@@ -97,6 +97,8 @@ def trained_dtype(job: Job) -> Dtype | Literal["auto"]:
     """
     if job.workflow.tuning is None:
         return "auto"
+    if job.project.olive:
+        return job.workflow.tuning.torch_dtype or "bfloat16"  # Olive's default
     manifest = read_manifest(job.project.stage_folder("train"))
     recorded: Dtype | None = (manifest or {"metrics": {}})["metrics"].get("torch_dtype")
     return recorded or chosen(job).dtype
@@ -104,6 +106,9 @@ def trained_dtype(job: Job) -> Dtype | Literal["auto"]:
 
 def check(job: Job, steps: Sequence[str]) -> None:
     """Tell what these steps will take. Raises EdgetuneError when that is clearly more than there is."""
+    of_olive = "export" in steps and any(step.type != "ModelBuilder" for step in job.workflow.exporting.values())
+    if of_olive and installed.olive_passes() is None:
+        raise missing_extra("olive", ImportError(name="olive-ai"))
     plan = _plan(job, job.base_folder)
     if plan is None:
         return
@@ -201,6 +206,9 @@ def _memory_problems(
 
 def remedy(plan: Plan, step: str, available: float) -> str:
     """Return which settings make a step fit, or else which memory would."""
+    for fewer in range(plan.processes - 1, 0, -1):
+        if _fits(replace(plan, processes=fewer), step, available):
+            return f"it fits with --nproc {fewer}"
     if (found := fitting(plan, step, available)) is not None:
         named = ", ".join(f"{key} {value}" for key, value in settings(plan, found).items())
         shorter = " (longer rows are left out)" if found.longest != plan.longest else ""
@@ -299,7 +307,7 @@ def _plan(job: Job, folder: Path) -> Plan | None:
     builder = job.workflow.builder
     exported: dict[str, Any] = {"precision": builder.precision, "block": builder.int4_block_size or BUILDERS_BLOCK}
     exported["streamed"] = not (
-        job.workflow.gptq or builder.use_qdq or set(builder.int4_op_types_to_quantize or ()) - {"MatMul"}
+        job.workflow.before_export or builder.use_qdq or set(builder.int4_op_types_to_quantize or ()) - {"MatMul"}
     )
     if (tuning := job.workflow.tuning) is None:
         return Plan(shape, "none", "float32" if shape.dtype == "float32" else "bfloat16", **exported)
@@ -322,6 +330,7 @@ def _plan(job: Job, folder: Path) -> Plan | None:
         accumulation=arguments.gradient_accumulation_steps,
         checkpointing=bool(arguments.gradient_checkpointing),
         longest=rows.get("longest", 1),
+        processes=job.processes.here if job.processes else 1,
         rows=samples,
         tokens=round(share * rows.get("tokens", 0)),
         learned=round(share * rows.get("learned_tokens", 0)),

@@ -171,6 +171,16 @@ class Progress:
             self._bar = None
 
 
+class Silent(Progress):
+    """Tells nobody: another process does."""
+
+    def say(self, text: str, **fields: Any) -> None:
+        """Do nothing."""
+
+    def advance(self, done: float, total: float, text: str = "") -> None:
+        """Do nothing."""
+
+
 def _bytes(done: int, total: int) -> str:
     """Return both numbers in the unit of the second, or the first alone when the second is not known."""
     if done > total:

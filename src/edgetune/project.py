@@ -15,6 +15,8 @@ class Project:
     root: Path
     smoke: bool = False
     """Whether results go to where a smoke run keeps its own."""
+    olive: bool = False
+    """Whether results are those that stock Olive made."""
 
     @classmethod
     def find(cls, start: Path) -> "Project":
@@ -41,6 +43,16 @@ class Project:
     def config(self) -> Path:
         """The Olive workflow file, the only configuration."""
         return self.config_folder / "olive-config.json"
+
+    @property
+    def job(self) -> Path:
+        """The job of Azure ML that runs the project."""
+        return self.config_folder / "azureml-job.yml"
+
+    @property
+    def conda(self) -> Path:
+        """The environment of that job."""
+        return self.root / "setup" / "conda.yaml"
 
     @property
     def olive_cache(self) -> Path:
@@ -92,16 +104,22 @@ class Project:
     @property
     def results(self) -> Path:
         """Everything the runtime makes."""
-        return self._results / "smoke" if self.smoke else self._results
+        return self.gen_model / "smoke" if self.smoke else self.olive_output if self.olive else self.gen_model
 
     @property
-    def _results(self) -> Path:
+    def gen_model(self) -> Path:
+        """The folder of everything that is made, by other engines and smoke runs too."""
         return self.root / "gen-model"
 
     def stage_folder(self, stage: str) -> Path:
         """Return the folder a stage publishes."""
         names = {"train": "adapter", "merge": "merged", "export": "onnx.candidate", "verify": "onnx"}
         return self.results / names.get(stage, stage)
+
+    @property
+    def adapters(self) -> Path:
+        """Adapters of other projects, for the exported model."""
+        return self.gen_model / "adapters"
 
     @property
     def refused_model(self) -> Path:
@@ -121,7 +139,7 @@ class Project:
     @property
     def smoke_record(self) -> Path:
         """What the last smoke run found."""
-        return self._results / "smoke" / "smoke.json"
+        return self.gen_model / "smoke" / "smoke.json"
 
     def smoke_rows(self, data: str) -> Path:
         """Return the rows that a smoke run takes of a data set."""
@@ -154,7 +172,12 @@ class Project:
     @property
     def olive_output(self) -> Path:
         """Where the workflow file tells stock Olive to put its model."""
-        return self.results / "olive"
+        return self.gen_model / "olive"
+
+    @property
+    def olive_cache_key(self) -> Path:
+        """What the results in stock Olive's cache depend on."""
+        return self.olive_cache / "edgetune.json"
 
     @property
     def events(self) -> Path:
@@ -164,12 +187,22 @@ class Project:
     @property
     def run_lock(self) -> Path:
         """Held while a command writes into the project."""
-        return self._results / ".lock"
+        return self.gen_model / ".lock"
+
+    @property
+    def job_lock(self) -> Path:
+        """Held while one of several processes prepares the project."""
+        return self.gen_model / ".job.lock"
+
+    @property
+    def fetched(self) -> Path:
+        """Where the results of a job arrive before they are put in their places."""
+        return self.gen_model / "azureml.partial"
 
     @property
     def hash_cache(self) -> Path:
         """Known sha256 of large files by size, times and inode."""
-        return self._results / ".hashes.json"
+        return self.gen_model / ".hashes.json"
 
     def log(self, stage: str) -> Path:
         """Return the file that keeps what the libraries print during a stage."""
@@ -181,7 +214,7 @@ class Project:
 
     def outputs(self, backend: str) -> Path:
         """Return the default file for answers to ``--prompts``."""
-        return self.root / "inferences" / f"outputs-{backend}.jsonl"
+        return self.root / "inferences" / f"outputs-{'olive-' if self.olive else ''}{backend}.jsonl"
 
 
 BUILTIN_MODELS = {"edgetune/tiny-phi3": Path(__file__).parent / "builtin" / "tiny-phi3"}

@@ -115,7 +115,9 @@ class Results:
     @property
     def precision(self) -> str:
         """The precision of the exported model."""
-        return str(((self.manifests["export"] or {}).get("inputs") or {}).get("pass", {}).get("precision", ""))
+        made = [manifest for manifest in self.manifests.values() if manifest]  # passes behind the builder have none
+        found = [(manifest.get("inputs") or {}).get("pass", {}).get("precision") for manifest in reversed(made)]
+        return str(next(filter(None, found), ""))
 
     @property
     def size(self) -> int | None:

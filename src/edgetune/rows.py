@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.data_schema import DataConfig, LoadDataset
-from edgetune.errors import EdgetuneError, Problem, failure, missing_extra
+from edgetune.errors import EdgetuneError, Problem, failure, first_line, missing_extra
 from edgetune.hub import clean
 from edgetune.row import Place, Row
 from edgetune.text_rows import csv_rows, json_rows
@@ -103,7 +103,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
         rows = iter(load_dataset("parquet", data_files=[str(path)], split="train", streaming=True))
         yield from (Row(values, Place(name, number)) for number, values in enumerate(rows, start=1))
     except (ValueError, OSError) as error:
-        problem = Problem(f"not valid Parquet: {_first_line(error)}", hint="write the file again")
+        problem = Problem(f"not valid Parquet: {first_line(error)}", hint="write the file again")
         yield Row(None, Place(name, 1), problem, fatal=True)
 
 
@@ -127,7 +127,7 @@ def hub_data(load: LoadDataset) -> Any:
         raise
     except Exception as error:
         raise failure(
-            f"the data set {load.data_name} could not be loaded: {clean(_first_line(error))}",
+            f"the data set {load.data_name} could not be loaded: {clean(first_line(error))}",
             hint="check data_name, subset and split against its page on the Hub; a private or gated one needs HF_TOKEN",
         ) from error
 
@@ -148,7 +148,3 @@ def _datasets() -> Any:
         raise missing_extra("train", error) from None
     datasets.disable_progress_bars()
     return datasets
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

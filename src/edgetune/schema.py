@@ -4,9 +4,20 @@ A test holds these models against Olive's own schema. Nothing here needs Olive, 
 """
 
 import re
+from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, create_model, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from edgetune.contract import Contract
 from edgetune.data_schema import DataConfig, Strict, WrongKeyError
@@ -275,7 +286,35 @@ class ModelBuilder(Strict):
         return self.model_dump(exclude={"type", "precision", "search"}, exclude_none=True)
 
 
-Pass = Annotated[FineTuning | MergeAdapterWeights | Gptq | ModelBuilder, Field(discriminator="type")]
+class OtherPass(BaseModel):
+    """Any other pass of Olive, which judges its keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+
+NATIVE: dict[str, type[Strict]] = {
+    kind.__name__: kind for kind in (LoRA, QLoRA, DoRA, MergeAdapterWeights, Gptq, ModelBuilder)
+}
+"""The passes whose keys are known here."""
+
+
+def _kind(value: Any) -> str | None:
+    """Return which of the models below reads a pass; None without a type."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return None if not isinstance(kind, str) else kind if kind in NATIVE else "other"
+
+
+Pass = Annotated[
+    Annotated[LoRA, Tag("LoRA")]
+    | Annotated[QLoRA, Tag("QLoRA")]
+    | Annotated[DoRA, Tag("DoRA")]
+    | Annotated[MergeAdapterWeights, Tag("MergeAdapterWeights")]
+    | Annotated[Gptq, Tag("Gptq")]
+    | Annotated[ModelBuilder, Tag("ModelBuilder")]
+    | Annotated[OtherPass, Tag("other")],
+    Discriminator(_kind),
+]
 
 
 class Workflow(Strict):
@@ -326,14 +365,34 @@ class Workflow(Strict):
         return next((p for p in self.passes.values() if isinstance(p, FineTuning)), None)
 
     @property
+    def merges(self) -> bool:
+        """Whether there is an adapter that goes into the base weights; otherwise it stays beside the exported model."""
+        return any(isinstance(p, MergeAdapterWeights) for p in self.passes.values())
+
+    @property
     def gptq(self) -> Gptq | None:
         """The pass that quantises what is exported; None where the builder does that itself."""
         return next((p for p in self.passes.values() if isinstance(p, Gptq)), None)
 
     @property
-    def calibration_data(self) -> DataConfig | None:
-        """The data that Gptq looks at."""
-        return None if self.gptq is None else self._data(self.gptq.data_config)
+    def exporting(self) -> dict[str, Any]:
+        """The passes from the merged model, or the base model, to the exported one."""
+        return {n: p for n, p in self.passes.items() if not isinstance(p, FineTuning | MergeAdapterWeights)}
+
+    @property
+    def before_export(self) -> list[Any]:
+        """The passes that change the weights before the export pass reads them."""
+        return list(takewhile(lambda p: not isinstance(p, ModelBuilder), self.exporting.values()))
+
+    def data_of(self, step: Any) -> list[DataConfig]:
+        """Return the data sets that a pass names, in keys such as ``data_config``."""
+        named = [value for key, value in step.model_dump().items() if key.endswith("data_config")]
+        return [data for data in self.data_configs if data.name in named]
+
+    @property
+    def calibration_data(self) -> list[DataConfig]:
+        """The data that passes on the way to the exported model look at."""
+        return [data for step in self.exporting.values() for data in self.data_of(step)]
 
     @property
     def builder(self) -> ModelBuilder:
@@ -354,7 +413,7 @@ class Workflow(Strict):
     def eval_data(self) -> DataConfig | None:
         """The data the models are evaluated on, if the pass names any; without a pass, the second in the file."""
         if self.tuning is None:
-            return next((data for data in self.data_configs[1:] if data is not self.calibration_data), None)
+            return next((data for data in self.data_configs[1:] if data not in self.calibration_data), None)
         name = self.tuning.eval_data_config
         return None if name is None else self._data(name)
 

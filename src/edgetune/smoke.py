@@ -22,6 +22,7 @@ from edgetune import dataset, download, examples, verify, workflow
 from edgetune.data_schema import DataConfig, LoadDataset
 from edgetune.dataset import EVAL, TRAIN
 from edgetune.errors import GateError, Problem
+from edgetune.passes import named_files
 from edgetune.progress import Progress
 from edgetune.prompt import Encoder
 from edgetune.row import Row, as_json
@@ -29,7 +30,7 @@ from edgetune.schema import Workflow
 from edgetune.stages import Job, key_of, published, read_json, read_manifest, run_lock, versions, write_json
 
 STEPS = 2
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_VERIFIED = 2  # an untrained model's answers run on to their limit
 _CANDIDATES = 4  # times as many rows as are taken have their tokens counted
 _UNTRAINED = "nothing to tell after two steps"
@@ -64,6 +65,9 @@ def _key(job: Job) -> str:
         "data": [job.keys["data"], published(job.project.stage_folder("data"))],
         "workflow": job.workflow.model_dump(include={"passes", "systems"}, exclude_none=True),
         "versions": versions(),
+        "calibration": dataset.content(job, {data.name: data for data in job.workflow.calibration_data}),
+        "files": named_files(job, [step.model_dump(exclude_none=True) for step in job.workflow.exporting.values()]),
+        "processes": job.processes.here if job.processes else 1,
     }
     return key_of("smoke", _FORMAT, inputs)
 
@@ -97,7 +101,8 @@ def _trial(job: Job) -> Job:
         rows, files[config.name] = _longest(job, role), project.smoke_rows(config.name)
         _write(files[config.name], rows)
         progress.say(f"{'smoke':<9} {role}: the {len(rows)} longest of {_sets(job)[role]['rows']:,} rows")
-    return Job.start(project, _in_little(job.workflow, files, project.config_folder), progress)
+    trial = Job.start(project, _in_little(job.workflow, files, project.config_folder), progress)
+    return replace(trial, processes=job.processes)
 
 
 def _longest(job: Job, role: str) -> list[Row]:
@@ -199,7 +204,7 @@ def _judge(check: verify.Check) -> verify.Check:
 def _found(trial: Job) -> dict[str, Any]:
     """Return seconds and peak memory of each step, the size of the results, and the checks."""
     verdict = verify.read_verdict(trial) or {}
-    took = {stage.name: read_manifest(_folder(trial, stage.name)) or {} for stage in workflow.STAGES} | {
+    took = {stage.name: read_manifest(_folder(trial, stage.name)) or {} for stage in workflow.stages_of(trial)} | {
         "verify": verdict
     }
     return {
@@ -221,7 +226,7 @@ def _folder(trial: Job, stage: str) -> Path:
 def _full_run(job: Job, trial: Job, seconds: dict[str, float]) -> dict[str, Any]:
     """Return what a full run would take: each step of training as long as here for each token of its rows."""
     arguments = _training_arguments(job.workflow)
-    rest = sum(seconds.get(stage, 0.0) for stage in ("train", "merge", "export"))
+    rest = sum(took for stage, took in seconds.items() if stage not in ("data", "verify"))
     if arguments is None:
         return {
             "steps": 0,
@@ -285,7 +290,7 @@ def _evaluations(arguments: Any, steps: int, per_epoch: int) -> int:
 
 def _remove_results(trial: Job) -> None:
     """Delete what was made of the rows: a base model's copies fill a disk, and no one asks an untrained model."""
-    made = [trial.project.stage_folder(stage) for stage in workflow.STEPS]
+    made = [trial.project.stage_folder(stage) for stage in (*workflow.STEPS, "passes")]
     for folder in (*made, trial.project.refused_model, trial.project.smoke_rows("").parent):
         shutil.rmtree(folder, ignore_errors=True)
     trial.project.verdict.unlink(missing_ok=True)

@@ -11,6 +11,9 @@ from edgetune.errors import Problem, failure
 Location = tuple[str | int, ...]
 """Keys and indices that lead from the top of a JSON document to one of its values."""
 
+_CONFLICT = "<" * 7
+_DECIDE = "left open by an update or a merge: decide between the two versions, and delete the marks"
+
 
 def parse(text: str) -> Any:
     """Parse JSON. Raises ValueError (JSONDecodeError where it has a position) for all that is not usable text."""
@@ -94,10 +97,11 @@ class JsonSource:
             self.data: Any = parse(text)
             walker.value(0, ())
         except json.JSONDecodeError as error:
+            marked = text.startswith(_CONFLICT, error.pos)
             raise failure(
                 f"not valid JSON: {error.msg} (column {error.colno})",
                 where=f"{name}:{error.lineno}",
-                hint="often a missing or trailing comma on this line or the one above",
+                hint=_DECIDE if marked else "often a missing or trailing comma on this line or the one above",
             ) from None
         except (ValueError, RecursionError) as error:
             raise failure(f"not usable JSON: {error}", where=f"{name}:1") from None

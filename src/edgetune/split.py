@@ -132,10 +132,10 @@ def _write_config(job: Job, targets: dict[str, Path], original: Path, new: Path)
         edits.append(source.replacing(other, load[EVAL]))
     else:
         edits += _new_data_set(job, source, place, load[EVAL])
-    calibration = workflow.calibration_data
-    if calibration not in (None, train, evaluation) and calibration.load_dataset_config == train.load_dataset_config:
-        other = ("data_configs", workflow.data_configs.index(calibration), "load_dataset_config")
-        edits.append(source.replacing(other, load[TRAIN]))  # or it would look at what the model is evaluated on
+    for data in workflow.calibration_data:
+        if data not in (train, evaluation) and data.load_dataset_config == train.load_dataset_config:
+            other = ("data_configs", workflow.data_configs.index(data), "load_dataset_config")
+            edits.append(source.replacing(other, load[TRAIN]))  # or it would look at what the model is evaluated on
     write_edits(source, edits, original, new)
 
 

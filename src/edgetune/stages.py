@@ -19,15 +19,19 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
 from edgetune.config import base_model_id
-from edgetune.errors import failure
+from edgetune.errors import EdgetuneError, failure
 from edgetune.progress import Progress
 from edgetune.project import Project
 from edgetune.schema import Workflow
+
+if TYPE_CHECKING:
+    from edgetune.distributed import Launched
+    from edgetune.torchrun import Torchrun
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("edgetune", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-genai", "tokenizers")
@@ -49,6 +53,9 @@ class Job:
     """How many rows may be left out because something is wrong with them; None: as many as were before, or none."""
     ahead: tuple[str, ...] = ()
     """The steps that this run comes to after the data, for :mod:`edgetune.preflight`; emptied when it has told them."""
+
+    processes: "Torchrun | Launched | None" = None
+    """Who trains; None: this process."""
 
     @classmethod
     def start(cls, project: Project, workflow: Workflow, progress: Progress) -> "Job":
@@ -239,7 +246,7 @@ def building(
         "outputs": list_outputs(partial, hashes),
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 2),
-        "peak_rss_mb": peak_memory_mb(),
+        "peak_rss_mb": build.metrics.pop("peak_rss_mb", 0) or peak_memory_mb(),  # of all processes, or of this one
         "metrics": build.metrics,
     }
     write_json(partial / MANIFEST, manifest)
@@ -264,6 +271,13 @@ def recover(folder: Path) -> None:
     if not folder.exists() and old.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_at_rest(project: Project, folder: Path) -> None:
+    """Finish or undo an interrupted publication, unless a run is at work, which may be publishing right now."""
+    if folder.with_name(folder.name + ".old").exists() or read_manifest(partial_folder(folder)) is not None:
+        with suppress(EdgetuneError), run_lock(project):
+            recover(folder)
 
 
 def versions() -> dict[str, str]:

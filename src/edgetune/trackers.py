@@ -50,7 +50,7 @@ def prepare(job: Job) -> None:
         for variable, value in wanted.items():
             os.environ.setdefault(variable, value)
         folder = job.project.tracker_folder(name)
-        kept_here = all(os.environ[variable] == value for variable, value in wanted.items())
+        kept_here = bool(wanted) and all(os.environ[variable] == value for variable, value in wanted.items())
         if kept_here:
             folder.mkdir(parents=True, exist_ok=True)
         there = job.project.name(folder) if kept_here else "where the environment says"

@@ -6,7 +6,7 @@ interrupted run continues from its last whole checkpoint.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from edgetune.stages import (
     Job,
     Stage,
     is_intact,
+    peak_memory_mb,
     published,
     read_json,
     read_manifest,
@@ -35,6 +36,8 @@ from edgetune.trainer import make_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from edgetune.distributed import Team
 
 _CHECKPOINTS = "checkpoints"
 _SETTINGS = "settings.json"  # among them
@@ -83,17 +86,37 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     check_target_modules(job)
     _check_best_checkpoint(job)
     trackers.check(job)
+    settings = _as_begun(folder / _CHECKPOINTS / _SETTINGS, preflight.chosen(job))
+    return job.processes.train(job, folder, settings) if job.processes else fit(job, folder, settings)
+
+
+def fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | None" = None) -> dict[str, Any]:
+    """Train as the only process, or as one of a team, whose first one saves the adapter and returns the metrics.
+
+    The others write into ``folder`` what they need for a while. Raises EdgetuneError.
+    """
     job.progress.advance(0, 1, "loading torch and the base model")
     try:
-        import torch
+        import torch  # noqa: F401 - or the error would name what needs it
         import transformers
     except ImportError as error:
         raise missing_extra("train", error) from None
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(min(torch.get_num_threads(), machine.cores()))  # torch does not see a container's quota
-    trackers.prepare(job)
-    settings = _as_begun(folder / _CHECKPOINTS / _SETTINGS, preflight.chosen(job))
-    arguments = _training_arguments(job, folder / _CHECKPOINTS, settings)
+    with team.joined(device()) if team else nullcontext():
+        return _fit(job, folder, settings, team)
+
+
+def _fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | None") -> dict[str, Any]:
+    import torch
+    import transformers
+
+    leads = team is None or team.rank == 0
+    _set_threads(team)
+    if leads:
+        trackers.prepare(job)
+    arguments = _training_arguments(job, folder / _CHECKPOINTS, settings, leads=leads)
+    if team:
+        job.progress.say(f"{team.size} processes, {team.here} of them on this machine, share the rows of a step")
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
     wanted = Quantisation.wanted(fine_tuning(job), settings.dtype)
     base = load_base(job, settings.dtype, wanted)
@@ -104,14 +127,33 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     if loss.parts is None:
         job.progress.say("logits are computed at all positions, which takes more time and memory")
     with _argument_errors(job):
-        trainer = make_trainer(job, model, arguments, loss)
+        trainer = make_trainer(job, model, arguments, loss, team)
         trainer.create_optimizer()
     if job.workflow.eval_data is None:
         job.progress.say("no evaluation data: `edgetune data --write-split 0.1` sets some rows aside")
     trainer.remove_callback(transformers.PrinterCallback)
-    result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job, folder / _CHECKPOINTS))
-    trackers.finish(job)
+    checkpoint = _last_whole_checkpoint(job, folder / _CHECKPOINTS) if leads else None
+    if team:
+        team.agree([weight for weight in model.parameters() if weight.requires_grad])
+        checkpoint = team.files(checkpoint, folder / _CHECKPOINTS / f"of-process-{team.rank}")
+    result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     metrics = _metrics(trainer, result.metrics) | {"torch_dtype": settings.dtype}
+    if team:
+        peak = team.add_up(torch.tensor(peak_memory_mb())).item()
+        metrics |= {"processes": team.size, "peak_rss_mb": round(peak, 1)}
+    if leads:
+        _save(job, folder, trainer, quantisation, metrics)
+    return metrics
+
+
+def _save(
+    job: Job, folder: Path, trainer: "Trainer", quantisation: Quantisation | None, metrics: dict[str, Any]
+) -> None:
+    """Write the adapter into ``folder``. Raises EdgetuneError when it holds values that are not numbers."""
+    import torch
+
+    model: Any = trainer.model
+    trackers.finish(job)
     if metrics["best_step"]:
         job.progress.say(
             f"the adapter of step {metrics['best_step']} is the best: eval loss {metrics['eval_loss']:.4f}"
@@ -131,7 +173,6 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
         quantisation.write(folder)
     write_json(folder / "loss.json", trainer.state.log_history)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
-    return metrics
 
 
 STAGE = Stage("train", 2, inputs, build)
@@ -174,8 +215,21 @@ def _mismatch(job: Job, name: str, modules: set[str], where: str) -> Problem | N
     return None
 
 
-def _training_arguments(job: Job, output: Path, settings: preflight.Settings) -> Any:
-    """Make transformers' TrainingArguments: the file's values, Olive's defaults, and what the runtime owns."""
+def _set_threads(team: "Team | None") -> None:
+    """Use all cores of this machine, and no more: torch does not see a container's quota, nor other processes."""
+    import torch
+
+    if team:
+        torch.set_num_threads(max(min(machine.physical_cores(), machine.cores()) // team.here, 1))
+    else:
+        torch.set_num_threads(min(torch.get_num_threads(), machine.cores()))
+
+
+def _training_arguments(job: Job, output: Path, settings: preflight.Settings, *, leads: bool) -> Any:
+    """Make transformers' TrainingArguments: the file's values, Olive's defaults, and what the runtime owns.
+
+    A process that does not lead neither saves nor reports.
+    """
     from transformers import TrainingArguments
 
     given = fine_tuning(job).training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
@@ -197,6 +251,8 @@ def _training_arguments(job: Job, output: Path, settings: preflight.Settings) ->
         # The rows of an optimiser step together: they are the same ones, and can be cut where it is best.
         given["per_device_train_batch_size"] *= given["gradient_accumulation_steps"]
         given["gradient_accumulation_steps"] = 1
+    if not leads:
+        given |= {"report_to": "none", "save_strategy": "no", "load_best_model_at_end": False}
     with _argument_errors(job):
         arguments = TrainingArguments(
             output_dir=str(output),
@@ -206,7 +262,8 @@ def _training_arguments(job: Job, output: Path, settings: preflight.Settings) ->
             **given,
         )
     if arguments.world_size > 1:
-        raise failure("training runs in one process", hint="start `edgetune train` without torchrun or WORLD_SIZE")
+        hint = "torchrun can start `edgetune train` and `edgetune finetune`; other commands and launchers cannot"
+        raise failure("training was started in several processes", hint=hint)
     # With several GPUs in sight, transformers would split every micro-batch over them (DataParallel); there is no
     # argument against it.
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
@@ -281,7 +338,7 @@ def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
     return model
 
 
-def _last_whole_checkpoint(job: Job, folder: Path) -> str | None:
+def _last_whole_checkpoint(job: Job, folder: Path) -> Path | None:
     """Return the newest checkpoint whose files are all as they were written; remove the others."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     unknown = Hashes(folder / "no-cache")
@@ -289,7 +346,7 @@ def _last_whole_checkpoint(job: Job, folder: Path) -> str | None:
         manifest = read_manifest(checkpoint)
         if manifest is not None and is_intact(checkpoint, manifest["outputs"], unknown):
             job.progress.say(f"continuing from step {manifest['key']} of an interrupted run")
-            return str(checkpoint)
+            return checkpoint
         job.progress.say(f"skipping {checkpoint.name}: it was not written completely")
         shutil.rmtree(checkpoint)
     return None

@@ -1,5 +1,6 @@
 """The Trainer: batches as configured, each worked through in micro-batches, one mean over its learned tokens."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,15 @@ from edgetune.stages import MANIFEST, Job, list_outputs, write_json
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from edgetune.distributed import Team
     from edgetune.loss import CompletionLoss
 
 
-def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss") -> "Trainer":
+def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss", team: "Team | None" = None) -> "Trainer":
     """Make transformers' Trainer with the loss on completions.
 
-    On CUDA a micro-batch has no more rows than ``per_device_train_batch_size``; on a CPU its tokens count.
+    On CUDA a micro-batch has no more rows than ``per_device_train_batch_size``; on a CPU its tokens count. With a
+    team, this process works through its share of every batch.
     """
     import torch
     import transformers
@@ -26,6 +29,7 @@ def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss") -
     budget = None if on_cuda else BUDGET
     configured = fine_tuning(job).training_args.per_device_train_batch_size  # type: ignore[attr-defined]
     evaluated: list[torch.Tensor] = []
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
 
     class MicroBatches(transformers.Trainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -34,8 +38,13 @@ def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss") -
                 num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
             rows = configured if on_cuda else len(inputs["labels"])
             total = torch.zeros((), device=model.device)
-            for group in micro_batches(inputs, budget=budget, rows=rows):
-                total += super().training_step(model, group, num_items_in_batch)
+            with team.own_randomness() if team else nullcontext():
+                for group in micro_batches(share(inputs), budget=budget, rows=rows):
+                    total += super().training_step(model, group, num_items_in_batch)
+            if team:
+                total = team.add_up(total)
+                if self.accelerator.sync_gradients:  # the last batch before a step of the optimiser
+                    team.add_up_gradients(trained)
             return total
 
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
@@ -44,17 +53,23 @@ def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss") -
 
         def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             """Keep the loss of every learned token; return their mean."""
-            groups = micro_batches(inputs, budget=budget, rows=len(inputs["labels"]))
-            losses = torch.cat([loss.of_tokens(model, group) for group in groups])
-            evaluated.append(losses.cpu())
-            return losses.mean(), None, None
+            groups = micro_batches(share(inputs), budget=budget, rows=len(inputs["labels"]))
+            losses = torch.cat([torch.empty(0), *(loss.of_tokens(model, group).cpu() for group in groups)])
+            evaluated.append(losses)
+            return losses.mean().to(model.device), None, None
 
         def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
             """Evaluate; the loss is the mean over all learned tokens, where the Trainer's is one over batches."""
             evaluated.clear()
             output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
-            output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(evaluated).mean().item()
+            losses = torch.cat(evaluated).double()
+            total = torch.stack([losses.sum(), torch.tensor(float(len(losses))).double()])
+            total = team.add_up(total) if team else total
+            output.metrics[f"{metric_key_prefix}_loss"] = (total[0] / total[1]).item()
             return output
+
+    def share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return team.share(batch) if team else batch
 
     return MicroBatches(
         model=model,

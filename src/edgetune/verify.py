@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgetune import download
+from edgetune import adapters, download
 from edgetune.backends import exported_from
+from edgetune.checks.adapter import compare_adapter
 from edgetune.checks.answers import Losses, Quantisation, adapter_losses, quantisation
 from edgetune.checks.conversion import ConversionFindings, compare_conversion
 from edgetune.checks.merge import MergeFindings, compare_weights
@@ -133,7 +134,7 @@ def examine(
     reset_peak_memory()
     started, checks = time.monotonic(), []
     job.hashes.forget()
-    steps = [job.project.stage_folder(stage) for stage in ("train", "merge")] if job.workflow.tuning else []
+    steps = [job.project.stage_folder(stage) for stage in _tuning_stages(job)]
     damage = damage or changed_files(job, [*steps, model])
     for found in [_files(damage)] if damage else _checks(job, model, limits):
         check = judge(found) if judge else found
@@ -174,8 +175,7 @@ def _move(job: Job, model: Path, *, passed: bool) -> None:
 
 
 def _key(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> str:
-    stages = ("data", "train", "merge") if job.workflow.tuning else ("data",)
-    folders = {stage: published(job.project.stage_folder(stage)) for stage in stages}
+    folders = {stage: published(job.project.stage_folder(stage)) for stage in ("data", *_tuning_stages(job))}
     content = {
         "base": download.digests(job, weights=True),
         **folders,
@@ -184,6 +184,10 @@ def _key(job: Job, model: Path, limits: Limits, damage: Sequence[str]) -> str:
         "damage": list(damage),
     }
     return key_of("verify", _FORMAT, content)
+
+
+def _tuning_stages(job: Job) -> tuple[str, ...]:
+    return ("train",) * (job.workflow.tuning is not None) + ("merge",) * job.workflow.merges
 
 
 def settled(job: Job, model: Path, limits: Limits) -> Limits:
@@ -203,9 +207,8 @@ def _refusal(job: Job, verdict: dict[str, Any]) -> GateError:
     problems = [Problem(f"failed: {check['title']}: {check['summary']}", where, check["cause"]) for check in failed]
     before = exported_from(job)
     aside = f"the model is set aside in {verdict['model']}"
-    return GateError(
-        [*problems, Problem(aside, hint=f"`edgetune infer --backend {before}` asks the model before the export")]
-    )
+    ask = f"edgetune infer --backend {before}" + (" --engine olive" if job.project.olive else "")
+    return GateError([*problems, Problem(aside, hint=f"`{ask}` asks the model before the export")])
 
 
 def changed_files(job: Job, folders: Sequence[Path]) -> list[str]:
@@ -229,6 +232,11 @@ def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
     if job.workflow.tuning is None:
         yield Check("adapter", _LEARNED, None, _NO_TUNING)
         yield Check("merge", _MERGED, None, _NO_TUNING)
+        found = quantisation(job, model, rows)
+    elif not job.workflow.merges:
+        files = compare_adapter(job.project.stage_folder("train"), adapters.own(model))
+        yield _learned(job, files, adapter_losses(job, rows), role)
+        yield _beside(files)
         found = quantisation(job, model, rows)
     else:
         merge = compare_weights(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
@@ -288,6 +296,18 @@ def _merged(job: Job, merge: MergeFindings, losses: Losses, found: Quantisation)
         "merged_loss": loss,
     }
     return Check("merge", _MERGED, not cause, summary, cause, numbers)
+
+
+def _beside(found: MergeFindings) -> Check:
+    """Judge the file of the adapter."""
+    more = len(found.wrong or ()) - _NAMED
+    summary = f"{found.matrices} pairs of matrices are the trained ones, scaled, to the last bit"
+    cause = ""
+    if found.wrong:
+        summary = "; ".join(found.wrong[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        cause = "the file beside the model was made of another adapter: run `edgetune export` again"
+    numbers = {"matrices": found.matrices, "wrong": len(found.wrong or ())}
+    return Check("merge", "the adapter beside the model is exact", not cause, summary, cause, numbers)
 
 
 def _converted(found: ConversionFindings) -> Check:

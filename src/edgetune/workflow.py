@@ -21,9 +21,8 @@ from edgetune.stages import (
     run_lock,
 )
 
-STAGES: tuple[Stage, ...] = (dataset.STAGE, train.STAGE, merge.STAGE, export.STAGE)
-"""Without a fine-tuning pass, only ``data`` and ``export`` are run."""
-STEPS = ("download", *(stage.name for stage in STAGES), "verify")
+STEPS = ("download", dataset.STAGE.name, train.STAGE.name, merge.STAGE.name, export.NAME, "verify")
+"""What can be asked for. Other passes of the workflow file belong to the export."""
 
 
 def run(job: Job, last: str, *, source: Path | None = None, update_lock: bool = False) -> None:
@@ -59,7 +58,9 @@ def check(job: Job, limits: verify.Limits) -> None:
 
 def stages_of(job: Job) -> list[Stage]:
     """Return the stages that the job's workflow has."""
-    return [stage for stage in STAGES if job.workflow.tuning or stage not in (train.STAGE, merge.STAGE)]
+    workflow = job.workflow
+    tuned = [train.STAGE] * (workflow.tuning is not None) + [merge.STAGE] * workflow.merges
+    return [dataset.STAGE, *tuned, *export.stages(job)]
 
 
 @contextmanager
@@ -75,7 +76,10 @@ def _run_steps(job: Job, last: str, *, source: Path | None = None, update_lock: 
     if last in ("train", "merge") and job.workflow.tuning is None:
         where, hint = job.workflow.where("passes"), "`edgetune finetune` exports the base model as it is"
         raise failure(f"there is nothing to {last}: the workflow has no fine-tuning pass", where=where, hint=hint)
-    stages = [stage for stage in stages_of(job) if STEPS.index(stage.name) <= STEPS.index(last)]
+    if last == "merge" and not job.workflow.merges:
+        where, hint = job.workflow.where("passes"), "`edgetune export` leaves the adapter beside the exported model"
+        raise failure("there is nothing to merge: the workflow has no MergeAdapterWeights pass", where=where, hint=hint)
+    stages = [stage for stage in stages_of(job) if STEPS.index(_step(stage)) <= STEPS.index(last)]
     steps = [stage.name for stage in stages if stage is not dataset.STAGE]
     job.ahead = (*steps, "verify") if last == "verify" else tuple(steps)
     _run_download(job, last, source=source, update_lock=update_lock)
@@ -83,6 +87,10 @@ def _run_steps(job: Job, last: str, *, source: Path | None = None, update_lock: 
         _run_stage(job, stage)
         if stage is dataset.STAGE:
             dataset.check_rejected(job)
+
+
+def _step(stage: Stage) -> str:
+    return stage.name if stage.name in STEPS else export.NAME
 
 
 def _run_verify(job: Job, limits: verify.Limits, *, repeat: bool = False) -> None:
@@ -98,7 +106,7 @@ def _damage(job: Job, model: Path) -> list[str]:
     current = []
     for stage in stages_of(job):
         key = job.keys[stage.name] = key_of(stage.name, stage.format, stage.inputs(job))
-        folder = verify.exported(job, key) if stage is export.STAGE else job.project.stage_folder(stage.name)
+        folder = verify.exported(job, key) if stage.name == export.NAME else job.project.stage_folder(stage.name)
         manifest = read_manifest(folder) if folder else None
         if folder and manifest and manifest["key"] == key and stage is not dataset.STAGE:
             current.append(folder)
@@ -138,9 +146,20 @@ def _run_stage(job: Job, stage: Stage) -> None:
         build.metrics |= stage.build(job, build.folder)
 
 
+def training_key(job: Job) -> str:
+    """Return the key of the training with the base model and the data that are there; empty when they are not."""
+    stage = dataset.STAGE
+    if not download.is_current(job):
+        return ""
+    job.keys[stage.name] = key_of(stage.name, stage.format, stage.inputs(job))
+    if not is_current(job.project.stage_folder(stage.name), job.keys[stage.name], job.hashes):
+        return ""
+    return key_of(train.STAGE.name, train.STAGE.format, train.STAGE.inputs(job))
+
+
 def _places(job: Job, stage: Stage) -> list[Path]:
     """Return where a stage's output may be: verify moves the exported model on."""
-    return verify.model_folders(job) if stage is export.STAGE else [job.project.stage_folder(stage.name)]
+    return verify.model_folders(job) if stage.name == export.NAME else [job.project.stage_folder(stage.name)]
 
 
 @dataclass(frozen=True)
@@ -195,7 +214,7 @@ def _stage_state(job: Job, stage: Stage) -> StepState:
         job.keys[stage.name] = ""
         return StepState(stage.name, "blocked", job.project.name(folder), error.problems[0].message)
     key = job.keys[stage.name] = key_of(stage.name, stage.format, inputs)
-    if stage is export.STAGE:
+    if stage.name == export.NAME:
         folder = verify.exported(job, key) or verify.exported(job) or folder
     name, manifest = job.project.name(folder), read_manifest(folder)
     if manifest is None:

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgetune import adapters
 from edgetune.backends import OnnxBackend, torch_backend
 from edgetune.base_model import trusts_code
 from edgetune.export import run_builder
+from edgetune.merge import Adapter
 from edgetune.stages import Job, write_json
 from edgetune.tensors import Tensor, read_folder
 
+_WEIGHTS = "model.safetensors"
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _VOCABULARY = 4096
 _SHORT = 256
@@ -50,6 +53,8 @@ def compare_conversion(job: Job, model: Path, work: Path) -> ConversionFindings:
     layers, of_layers = write_prefix(job, model, prefix)
     exported.mkdir()
     run_builder(job, prefix, exported, "fp32", {})
+    if adapters.is_beside(job):
+        _put_beside(exported, prefix, Adapter(job.project.stage_folder("train")))
     reference, converted = torch_backend(job, prefix, "float32"), OnnxBackend(exported)
     config = json.loads((prefix / "config.json").read_text(encoding="utf-8"))
     difference, same, positions, texts = 0.0, 0, 0, _texts(config, job.workflow.builder.search.get("max_length"))
@@ -64,6 +69,17 @@ def compare_conversion(job: Job, model: Path, work: Path) -> ConversionFindings:
     return ConversionFindings(
         layers, of_layers, positions, max(len(ids) for ids, _ in texts) - 1, difference, same / positions
     )
+
+
+def _put_beside(exported: Path, prefix: Path, adapter: Adapter) -> None:
+    """Put the adapter beside the exported layers, and merge it into the others, in float32."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.read() for name, tensor in read_folder(prefix).items()}
+    names = sorted(adapter.names & weights.keys())
+    adapters.put_beside(exported, adapter, names)
+    weights |= {name: adapter[name].applied(weights[name]).float() for name in names}
+    save_file(weights, prefix / _WEIGHTS, metadata={"format": "pt"})
 
 
 def write_prefix(job: Job, model: Path, target: Path) -> tuple[int, int]:
@@ -88,7 +104,7 @@ def write_prefix(job: Job, model: Path, target: Path) -> tuple[int, int]:
             continue
         cut = tensor.shape and tensor.shape[0] == vocabulary > _VOCABULARY
         kept[name] = tensor.read(slice(0, _VOCABULARY) if cut else None).float()
-    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(kept, target / _WEIGHTS, metadata={"format": "pt"})
     write_json(target / "config.json", _prefix_config(config, layers, min(vocabulary, _VOCABULARY)))
     return layers, config["num_hidden_layers"]
 

@@ -1,7 +1,6 @@
 """What Olive did on Azure ML, as a command job of Azure ML's own (``az ml job create``)."""
 
 import json
-import posixpath
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ class CloudJob:
     environment: Any = None
     resources: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
-    steps: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     def text(self, made_from: str) -> str:
@@ -40,14 +39,15 @@ class CloudJob:
         given = [(option, self.workspace[key]) for key, option in _WORKSPACE.items() if key in self.workspace]
         options = "".join(f" {option} {shlex.quote(value)}" for option, value in given)
         head = [
-            f"Made by `edgetune migrate` from {made_from}. It belongs into fine-tuning/, beside olive-config.json:",
+            f"Made by `edgetune migrate` from {made_from}. It belongs into fine-tuning/, beside olive-config.json.",
+            "`edgetune submit` sends it, follows it and brings gen-model/ back; or, to the old file's workspace,",
             f"  az ml job create --file fine-tuning/azureml-job.yml{options}",
             *self.remarks,
         ]
         content: dict[str, Any] = {"$schema": _SCHEMA, "type": "command", "code": "..", "command": self._command()}
         if self.inputs:
             content["inputs"] = self.inputs
-        content["outputs"] = {"gen_model": {"type": "uri_folder", "mode": "upload"}}
+        content["outputs"] = {"gen_model": {"type": "uri_folder", "mode": "rw_mount"}}
         content["environment"] = self.environment or {"image": _IMAGE, "conda_file": CONDA_FILE}
         if self.compute:
             content["compute"] = f"azureml:{self.compute}"
@@ -56,21 +56,12 @@ class CloudJob:
         return "\n".join([*(f"# {' '.join(line.splitlines())}" for line in head), *_yaml(content), ""])
 
     def _command(self) -> list[str]:
-        """Return the lines of the command. What a failed check leaves behind is wanted too, hence no && at the end."""
-        steps = [*self.steps, "edgetune finetune"]
-        if self.vault:
-            code = shlex.quote(_FROM_VAULT.format(json.dumps(f"https://{self.vault}.vault.azure.net"), _SECRET))
-            steps = [f'HF_TOKEN="$(python -c {code})"', "export HF_TOKEN", *steps]
-        lines = [f"{step} &&" for step in steps[:-1]]
-        return [*lines, f'{steps[-1]}; code=$?; cp -r gen-model/. "${{{{outputs.gen_model}}}}"; exit $code']
+        """Return the lines of the command."""
+        token = [f"--hub-token {shlex.quote(f'{self.vault}/{_SECRET}')}"] if self.vault else []
+        return ["edgetune finetune", *self.options, *token, '--copy-results "${{outputs.gen_model}}"']
 
 
 CONDA_FILE = "../setup/conda.yaml"
-
-_FROM_VAULT = (
-    "from azure.identity import DefaultAzureCredential; from azure.keyvault.secrets import SecretClient; "
-    'print(SecretClient({}, DefaultAzureCredential()).get_secret("{}").value)'
-)
 
 
 def client(draft: Draft, job: CloudJob, place: Location) -> None:
@@ -88,7 +79,6 @@ def client(draft: Draft, job: CloudJob, place: Location) -> None:
     if found := given.take("keyvault_name"):
         job.vault = str(found.value)
         draft.changed(found.place, "keyvault_name")
-        draft.to_do(found.place, "let setup/conda.yaml install azure-identity and azure-keyvault-secrets")
         _check_placeholder(draft, found.place, found.value)
     given.leave_rest(reason="`az` has its own settings")
 
@@ -166,10 +156,7 @@ def data_input(draft: Draft, job: CloudJob, place: Location, name: str, target: 
         return False
     input_name = _input_name(job, name)
     job.inputs[input_name] = {"type": "uri_file", "path": address, "mode": "ro_mount"}
-    job.steps += [
-        f"mkdir -p {shlex.quote(posixpath.dirname(target))}",
-        f'ln -sf "${{{{inputs.{input_name}}}}}" {shlex.quote(target)}',
-    ]
+    job.options.append(f'--mount "${{{{inputs.{input_name}}}}}" {shlex.quote(target)}')
     draft.to_do(place, f"to run on a machine of your own, bring the file to {target}")
     return True
 
@@ -179,8 +166,7 @@ def model_input(draft: Draft, job: CloudJob, place: Location) -> str:
     address = _address(draft, job, place)
     if address:
         job.inputs["base_model"] = {"type": "custom_model", "path": address, "mode": "ro_mount"}
-        job.steps.append('edgetune download --from "${{inputs.base_model}}"')
-        draft.to_do(place, "if its files lie deeper in the model's folder (MLflow), name that folder after --from")
+        job.options.append('--base-model "${{inputs.base_model}}"')
     config = draft.at(place).get("config") or draft.at(place)
     return str(config.get("name", "")) if address else ""
 
