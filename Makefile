@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Where torch is looked for first: PyTorch's own index has the small CPU builds.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# A worker for each core; a file's tests stay together, for they share projects.
+PARALLEL := --numprocesses logical --dist loadfile
 BIN := .venv/bin
 PINS := src/edgetune/constraints.txt
 
@@ -23,10 +25,10 @@ demo: setup ## Start a project in demo/my-slm, fine-tune it and ask it: offline,
 	@echo "The int4 model is in demo/my-slm/gen-model/onnx; the project is yours to change: cd demo/my-slm && make help"
 
 test: setup ## Run the tests (a few minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: setup ## Run the tests that make environments and run stock Olive
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: setup ## Check style and types
 	$(BIN)/ruff format --check

@@ -21,6 +21,12 @@ settings.load_profile("untimed")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell has it ignored, children would inherit that
 
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and sys.platform == "linux":
+    # Where two trainings share cores, their threads wait for one another: each worker has cores of its own.
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
+
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "PYTHONWARNINGS": "default"}
 

@@ -1,7 +1,9 @@
-"""What a run outlives: a machine that does not play along."""
+"""What a run outlives: being killed anywhere, and a machine that does not play along."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Sandbox
-from edgetune.stages import Hashes
+from edgetune.stages import Hashes, is_intact, read_manifest
 
 
 def unlike_before(project: Sandbox) -> None:
@@ -21,6 +23,100 @@ def unlike_before(project: Sandbox) -> None:
     rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
     project.edit(lambda c: c["passes"]["lora"]["training_args"].update(max_steps=20, save_steps=4, eval_strategy="no"))
     project.edit(lambda c: c["passes"]["builder"].update(int4_block_size=64))
+
+
+STEPS = {
+    "download": r"tiny-phi3\.partial",
+    "data": r"gen-model/data\.partial",
+    "train": r"gen-model/adapter\.partial",
+    "merge": r"gen-model/merged\.partial",
+    "export": r"gen-model/onnx\.candidate\.partial",
+    "verify": r"verify\.json\.tmp$|gen-model/onnx(\.candidate)?$",
+}
+"""What each step opens to write, renames or removes on its way to a result."""
+WATCHED = """
+import json, os, re, sys
+from edgetune import cli
+
+steps, counts, (step, count, end) = json.loads(sys.argv[1]), {}, sys.argv[2:5]
+
+def watch(event, arguments):
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event in ("os.rename", "os.remove", "os.mkdir"):
+        for name in (name for name, pattern in steps.items() if re.search(pattern, str(arguments[0]))):
+            counts[name] = counts.get(name, 0) + 1
+            if (name, counts[name]) == (step, int(count)):
+                os.kill(os.getpid(), int(end))
+
+sys.addaudithook(watch)
+code = cli.main(["finetune"])
+print(json.dumps(counts))
+sys.exit(code)
+"""
+
+
+def watched(project: Sandbox, step: str = "", count: int = 0, end: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run ``edgetune finetune``, which gets the signal ``end`` just before a step touches its files for the n-th time.
+
+    The last line it prints tells how often each step did.
+    """
+    return project.command(sys.executable, "-c", WATCHED, json.dumps(STEPS), step, str(count), str(end))
+
+
+def has_result(project: Sandbox, name: str) -> bool:
+    """Tell whether a whole result is there, in its place or where the next run takes it from."""
+    for folder in (project.root / "gen-model" / (name + ending) for ending in ("", ".old")):
+        if manifest := read_manifest(folder):
+            return is_intact(folder, manifest["outputs"], Hashes(project.root / "none.json"))
+    return False
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tuned: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sandbox, dict[str, int]]:
+    """Run all steps anew in a project that has results; return it and how often each step touched its files."""
+    project = Sandbox(shutil.copytree(tuned.root, tmp_path_factory.mktemp("undisturbed") / "my slm"))
+    unlike_before(project)
+    shutil.rmtree(project.root / "model-cache/edgetune")
+    result = watched(project)
+    assert result.returncode == 0, result.stderr
+    return project, json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", range(3))
+def test_killed_anywhere(project: Sandbox, undisturbed: tuple[Sandbox, dict[str, int]], shift: int) -> None:
+    """Every step ended at its first, a middle or its last change of a file, by each way to end it, and run again.
+
+    No half of a result is taken for one, no earlier result is lost, and what comes out is what comes out undisturbed.
+    """
+    from safetensors.numpy import load_file
+
+    wanted, counts = undisturbed
+    unlike_before(project)
+    shutil.rmtree(project.root / "model-cache/edgetune")
+    assert set(counts) == set(STEPS)
+    for number, (step, count) in enumerate(counts.items()):
+        point = (1, count // 2 + 1, count)[(number + shift) % 3]
+        end, code = ((signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130))[(number // 3 + shift) % 3]
+
+        result = watched(project, step, point, end)
+
+        assert result.returncode == code, f"{step}, {point} of {count}: {result.stderr}"
+        assert "Traceback" not in result.stderr
+        assert project.steps()[step] != "up to date"
+        assert all(has_result(project, name) for name in ("data", "adapter", "merged", "onnx")), (step, point)
+
+    result = project.run("finetune")
+
+    assert result.returncode == 0, result.stderr
+    assert set(project.steps().values()) == {"up to date"}
+    assert not [path.name for path in (project.root / "gen-model").iterdir() if path.suffix in (".partial", ".old")]
+    ours, theirs = project.results(), wanted.results()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] == theirs[name] for name in ours if "/data/" in name and not name.endswith("manifest.json"))
+    weights = "gen-model/adapter/adapter_model.safetensors"
+    for name, tensor in load_file(wanted.root / weights).items():
+        assert abs(tensor - load_file(project.root / weights)[name]).max() <= 1e-6
 
 
 @contextmanager

@@ -254,6 +254,8 @@ def test_all_answers_go_together(template: Path, tmp_path: Path, stock_olive: An
     """
     methods, devices, computes = (list(QUESTIONS[name]["choices"].values()) for name in ("method", "device", "compute"))
     for method, device, compute in itertools.product(methods, devices, computes):
+        if compute == "azureml" and (device == "directml" or data == "file-absolute"):
+            continue  # the question says why not
         model = BASE_MODELS[(methods.index(method) + devices.index(device)) % len(BASE_MODELS)]
         answers = DATA[data] | model | {"method": method, "device": device, "compute": compute}
 
