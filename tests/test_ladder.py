@@ -22,6 +22,19 @@ def test_limits_without_the_ladder(fresh: Sandbox, options: list[str]) -> None:
     assert f"{options[0]} can only be given with --auto" in result.stderr
 
 
+def test_bad_rows_that_are_allowed(fresh: Sandbox) -> None:
+    """``export --auto --max-bad`` leaves bad rows out, as the other commands do: it comes as far as the training."""
+    with (fresh.root / "datasets" / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{}\n")
+    fresh.edit(lambda content: content["passes"]["lora"].update(target_modules=["nothing"]))
+
+    result = fresh.run("export", "--auto", "--max-bad", "1")
+
+    assert result.returncode == 1
+    assert "cannot be learned from" not in result.stderr
+    assert "'nothing' matches no linear layer" in result.stderr
+
+
 def crlf(text: str) -> bytes:
     """Write it as an editor on Windows does."""
     return b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()

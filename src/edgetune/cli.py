@@ -40,7 +40,9 @@ def _start(arguments: argparse.Namespace, load: "Callable[[Project], Workflow] |
     project = Project.find(arguments.project)
     if load is None and getattr(arguments, "engine", "native") == "olive":
         project = replace(project, olive=True)
-    return Job.start(project, (load or config.load)(project), Progress(project.events))
+    job = Job.start(project, (load or config.load)(project), Progress(project.events))
+    job.max_bad = getattr(arguments, "max_bad", None)
+    return job
 
 
 def _run_steps(
@@ -50,7 +52,6 @@ def _run_steps(
 
     job = _start(arguments)
     job.processes = processes
-    job.max_bad = getattr(arguments, "max_bad", None)
     workflow.run(job, last, **options)
     return job
 
@@ -90,7 +91,6 @@ def _write_split(arguments: argparse.Namespace) -> None:
     from edgetune.split import write_split
 
     job = _start(arguments)
-    job.max_bad = arguments.max_bad
     counts = write_split(job, arguments.write_split)
     total = sum(counts.values())
     for role, count in counts.items():
@@ -253,9 +253,7 @@ def _tune_with_others(arguments: argparse.Namespace, last: str) -> None:
         for wanted in (signal.SIGINT, signal.SIGTERM):
             signal.signal(wanted, signal.SIG_DFL)  # the first process is the one that says so
         with team.leaving():
-            job = _start(arguments)
-            job.max_bad = arguments.max_bad
-            worker.take_part(job, team)
+            worker.take_part(_start(arguments), team)
         return
     try:
         _print_result(_run_steps(arguments, last, Launched(team)), last)
@@ -273,7 +271,6 @@ def _smoke(arguments: argparse.Namespace) -> None:
     from edgetune import smoke, torchrun
 
     job = _start(arguments)
-    job.max_bad = arguments.max_bad
     job.processes = torchrun.Torchrun(arguments.nproc) if arguments.nproc > 1 else None
     print("\n".join(smoke.summary(smoke.run(job))))
 
