@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.estimate import MEMORY, Plan, Shape
-from edgetune.preflight import RESERVE, fitting, settings
+from edgetune.preflight import RESERVE, changed_keys, fitting
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/memory.md"
@@ -70,7 +70,7 @@ def what_fits(plan: Plan, available: float) -> str:
     found = plan if MEMORY["train"](plan) <= available else fitting(plan, "train", available)
     if found is None:
         return "no"
-    named = ", ".join(f"`{key}: {value}`" for key, value in settings(plan, found).items()) or "as rendered"
+    named = ", ".join(f"`{key}: {value}`" for key, value in changed_keys(plan, found).items()) or "as rendered"
     late = [step for step in ("merge", "export", "verify") if MEMORY[step](plan) > available]
     return f"{named}; not {', '.join(late)}" if late else named
 

@@ -379,7 +379,7 @@ def test_inputs_are_linked_and_results_copied(fresh: Sandbox, tmp_path: Path) ->
     project = Project(fresh.root)
     rows = tmp_path / "mounted.jsonl"
     rows.write_text("{}")
-    given = in_job.Surroundings([(str(rows), "datasets/own.jsonl")], results=tmp_path / "out")
+    given = in_job.JobOptions([(str(rows), "datasets/own.jsonl")], results=tmp_path / "out")
 
     with pytest.raises(EdgetuneError, match="over"), in_job.prepared(project, given, print):
         assert (fresh.root / "datasets/own.jsonl").read_text() == "{}"
@@ -394,7 +394,7 @@ def test_the_error_of_the_run_counts(fresh: Sandbox, tmp_path: Path, capsys: pyt
     (tmp_path / "out").write_text("a file")
     (fresh.root / "gen-model").mkdir(exist_ok=True)
     (fresh.root / "gen-model/verify.json").write_text("said no")
-    given = in_job.Surroundings(results=tmp_path / "out")
+    given = in_job.JobOptions(results=tmp_path / "out")
 
     with pytest.raises(GateError, match="over"), in_job.prepared(Project(fresh.root), given, print):
         raise GateError([Problem("over")])
@@ -405,7 +405,7 @@ def test_the_error_of_the_run_counts(fresh: Sandbox, tmp_path: Path, capsys: pyt
 def test_a_users_file_is_not_replaced(fresh: Sandbox, tmp_path: Path) -> None:
     """Outside of a job a mount never takes the place of rows that are there."""
     (tmp_path / "mounted.jsonl").write_text("{}")
-    given = in_job.Surroundings([(str(tmp_path / "mounted.jsonl"), "datasets/train.jsonl")])
+    given = in_job.JobOptions([(str(tmp_path / "mounted.jsonl"), "datasets/train.jsonl")])
 
     with pytest.raises(EdgetuneError, match="is there already"), in_job.prepared(Project(fresh.root), given, print):
         pass
@@ -418,7 +418,7 @@ def test_of_several_processes_the_first_copies(fresh: Sandbox, tmp_path: Path, m
 
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        with in_job.prepared(Project(fresh.root), in_job.Surroundings(mounts, results=tmp_path / rank), print):
+        with in_job.prepared(Project(fresh.root), in_job.JobOptions(mounts, results=tmp_path / rank), print):
             (fresh.root / "gen-model/verify.json").write_text(rank)
 
     assert (tmp_path / "0/verify.json").read_text() == "0"

@@ -37,7 +37,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(job: Job, arguments: argparse.Namespace) -> None:
     """Ask, and print the answers. Raises EdgetuneError."""
-    given = asking.settings(arguments.set)
+    given = asking.given_columns(arguments.set)
     if arguments.chat:
         _chat(job, arguments, given)
         return

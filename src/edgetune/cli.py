@@ -177,7 +177,7 @@ def finetune(arguments: argparse.Namespace) -> None:
 
     _check_processes(arguments)
     mounts = [(source, name) for source, name in arguments.mount]
-    given = in_job.Surroundings(
+    given = in_job.JobOptions(
         mounts, arguments.base_model, arguments.hub_token, arguments.copy_results, arguments.engine == "olive"
     )
     with in_job.prepared(Project.find(arguments.project), given, tell):

@@ -63,7 +63,7 @@ def _build(job: Job, folder: Path, *, name: str) -> dict[str, Any]:
     return run_pass(job, name, job.project.stage_folder(before) if before else source_folder(job), folder)
 
 
-def build(job: Job, folder: Path) -> dict[str, Any]:
+def run_passes(job: Job, folder: Path) -> dict[str, Any]:
     """Run all passes, one after the other, and leave the exported model in ``folder``. Raises EdgetuneError."""
     *others, last = job.workflow.exporting
     source, work = source_folder(job), folder / "passes"
@@ -95,11 +95,9 @@ def run_pass(job: Job, name: str, source: Path, folder: Path) -> dict[str, Any]:
 
 def _export(job: Job, name: str, source: Path, folder: Path) -> dict[str, Any]:
     """Write the ONNX model with the builder: edgetune's way, or after a pass of Olive's, Olive's."""
-    builder = job.workflow.builder
-    device = _BUILDERS_NAMES[job.workflow.provider]
-    original = source_folder(job)
+    step, device, original = job.workflow.builder, _BUILDERS_NAMES[job.workflow.provider], source_folder(job)
     if source == original:
-        run_builder(job, source, folder, builder.precision, builder.builder_options() | {"execution_provider": device})
+        run_builder(job, source, folder, step.precision, step.builder_options() | {"execution_provider": device})
     else:
         passes.run(job, name, architectures.builder_input(source, folder / "source"), folder)
         shutil.rmtree(folder / "source", ignore_errors=True)
@@ -113,8 +111,8 @@ def _export(job: Job, name: str, source: Path, folder: Path) -> dict[str, Any]:
     # The runtime's own tokenizer reads this file; the builder does not copy it for every model class.
     shutil.copyfile(original / "tokenizer.json", folder / "tokenizer.json")
     _check_it_loads(job, name, folder)
-    size, others = _size(folder), ", ".join(step.type for step in job.workflow.before_export)
-    made = f"{builder.precision}{f' by {others}' if others else ''} for {device}, {size / 1e6:.1f} MB"
+    size, others = _size(folder), ", ".join(other.type for other in job.workflow.before_export)
+    made = f"{step.precision}{f' by {others}' if others else ''} for {device}, {size / 1e6:.1f} MB"
     if adapters.is_beside(job):
         made += f", and {adapters.own(folder).stat().st_size / 1e6:.1f} MB of adapter beside it"
     job.progress.say(f"{made}, max_length {config['search']['max_length']}")

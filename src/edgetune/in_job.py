@@ -20,7 +20,7 @@ _LOCAL_NAMES = (".lock", ".lock.pid", ".hashes.json", ".job.lock")  # of use on 
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class JobOptions:
     """What the job says of itself on the command line."""
 
     mounts: Sequence[tuple[str, str]] = ()
@@ -36,7 +36,7 @@ class Surroundings:
 
 
 @contextmanager
-def prepared(project: Project, given: Surroundings, tell: Callable[[str], None]) -> Iterator[None]:
+def prepared(project: Project, given: JobOptions, tell: Callable[[str], None]) -> Iterator[None]:
     """Prepare the project, and copy the results in the end, however the run ends.
 
     Of several processes on a machine one at a time prepares; of all, the first copies. Raises EdgetuneError. After an

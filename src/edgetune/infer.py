@@ -41,8 +41,8 @@ _MADE_IN = {
 """The steps that each model depends on; the exported one on all."""
 
 
-def settings(pairs: Iterable[str]) -> dict[str, str]:
-    """Read ``column=value``. Raises EdgetuneError with everything that is wrong with them."""
+def given_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """Read the ``COLUMN=VALUE`` of ``--set``. Raises EdgetuneError with everything that is wrong with them."""
     given: dict[str, str] = {}
     problems = []
     for pair in pairs:

@@ -13,7 +13,7 @@ from typing import Any
 from edgetune import adapters, config, export, olive_process, verify
 from edgetune.architectures import BUILDERS_BLOCK
 from edgetune.backends import OnnxBackend
-from edgetune.checks.answers import quantisation
+from edgetune.checks.answers import compare_export
 from edgetune.errors import GateError, Problem, failure
 from edgetune.evaluate import speed
 from edgetune.examples import Example, examined_set, examples, has_labels
@@ -167,9 +167,9 @@ class _Trials:
         """Export as the job's workflow says, and examine the model."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
-        made = export.build(job, self.work)
+        made = export.run_passes(job, self.work)
         ms = self._ms_per_token()
-        found = quantisation(job, self.work, self.rows, [], self.merged_answers)
+        found = compare_export(job, self.work, self.rows, [], self.merged_answers)
         self.merged_answers = found.merged_answers
         limits = verify.settled(job, self.work, verify.Limits(max_drop=self.wanted.max_drop))
         quality, stopping = verify.quantised(job, found, limits), verify.stopping(job, self.work, found, self.rows)

@@ -178,7 +178,7 @@ def fitting(plan: Plan, step: str, available: float) -> Plan | None:
     return found
 
 
-def settings(plan: Plan, changed: Plan) -> dict[str, str]:
+def changed_keys(plan: Plan, changed: Plan) -> dict[str, str]:
     """Return the keys and values of the workflow file that make one plan the other."""
     return {
         key: str(getattr(changed, name)).replace("True", "true")
@@ -210,7 +210,7 @@ def remedy(plan: Plan, step: str, available: float) -> str:
         if _fits(replace(plan, processes=fewer), step, available):
             return f"it fits with --nproc {fewer}"
     if (found := fitting(plan, step, available)) is not None:
-        named = ", ".join(f"{key} {value}" for key, value in settings(plan, found).items())
+        named = ", ".join(f"{key} {value}" for key, value in changed_keys(plan, found).items())
         shorter = " (longer rows are left out)" if found.longest != plan.longest else ""
         return f"it fits ({_size(estimate.MEMORY[step](found))}) with {named}{shorter}"
     least = min(estimate.MEMORY[step](changed) for changed in (plan, *alternatives(plan))) + RESERVE

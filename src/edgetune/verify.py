@@ -15,7 +15,7 @@ from typing import Any
 from edgetune import adapters, download
 from edgetune.backends import exported_from
 from edgetune.checks.adapter import compare_adapter
-from edgetune.checks.answers import Losses, Quantisation, adapter_losses, quantisation
+from edgetune.checks.answers import ExportFindings, Losses, adapter_losses, compare_export
 from edgetune.checks.conversion import ConversionFindings, compare_conversion
 from edgetune.checks.merge import MergeFindings, compare_weights
 from edgetune.checks.tokens import token_faults
@@ -232,17 +232,17 @@ def _checks(job: Job, model: Path, limits: Limits) -> Iterator[Check]:
     if job.workflow.tuning is None:
         yield Check("adapter", _LEARNED, None, _NO_TUNING)
         yield Check("merge", _MERGED, None, _NO_TUNING)
-        found = quantisation(job, model, rows)
+        found = compare_export(job, model, rows)
     elif not job.workflow.merges:
         files = compare_adapter(job.project.stage_folder("train"), adapters.own(model))
         yield _learned(job, files, adapter_losses(job, rows), role)
         yield _beside(files)
-        found = quantisation(job, model, rows)
+        found = compare_export(job, model, rows)
     else:
         merge = compare_weights(job.base_folder, *map(job.project.stage_folder, ("train", "merge")))
         losses = adapter_losses(job, rows)
         yield _learned(job, merge, losses, role)
-        found = quantisation(job, model, rows, losses.logits)
+        found = compare_export(job, model, rows, losses.logits)
         yield _merged(job, merge, losses, found)
     work = partial_folder(job.project.results / "verify")
     yield _converted(compare_conversion(job, source_folder(job), work))
@@ -266,7 +266,7 @@ def _learned(job: Job, merge: MergeFindings, losses: Losses, role: str) -> Check
     return Check("adapter", _LEARNED, passed, summary, "" if passed else cause, numbers)
 
 
-def _merged(job: Job, merge: MergeFindings, losses: Losses, found: Quantisation) -> Check:
+def _merged(job: Job, merge: MergeFindings, losses: Losses, found: ExportFindings) -> Check:
     """Judge the weights, and whether the merged model knows what the adapter knows on the 4-bit base of QLoRA."""
     loss = found.merged_total / found.tokens
     summary = (
@@ -321,7 +321,7 @@ def _converted(found: ConversionFindings) -> Check:
     return Check("conversion", "the conversion is exact", passed, summary, "" if passed else cause, asdict(found))
 
 
-def quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
+def quantised(job: Job, found: ExportFindings, limits: Limits) -> Check:
     """Judge what the export costs."""
     before = exported_from(job)
     drop, sentence, p, numbers = _cost(found, labels=has_labels(job))
@@ -345,7 +345,7 @@ def quantised(job: Job, found: Quantisation, limits: Limits) -> Check:
     return Check("quantisation", title, passed, summary, "" if passed else cause, numbers)
 
 
-def _cost(found: Quantisation, *, labels: bool) -> tuple[float, str, float, dict[str, Any]]:
+def _cost(found: ExportFindings, *, labels: bool) -> tuple[float, str, float, dict[str, Any]]:
     """Return what the export costs in the task's metric: the drop, a sentence, the p-value, and the numbers."""
     if labels:
         before, after = found.hits(found.merged_answers), found.hits(found.onnx_answers)
@@ -360,7 +360,7 @@ def _cost(found: Quantisation, *, labels: bool) -> tuple[float, str, float, dict
     return 100 * (other / one - 1), sentence, compare_losses(*losses).p, numbers
 
 
-def stopping(job: Job, model: Path, found: Quantisation, rows: list[Example]) -> Check:
+def stopping(job: Job, model: Path, found: ExportFindings, rows: list[Example]) -> Check:
     """Judge token ids, and how answers end."""
     faults = token_faults(job, source_folder(job), model, rows)
     total = len(found.asked)

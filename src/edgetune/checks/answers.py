@@ -52,7 +52,7 @@ def adapter_losses(job: Job, examples: list[Example]) -> Losses:
 
 
 @dataclass
-class Quantisation:
+class ExportFindings:
     """The exported model against the one it was made from, on the same examples."""
 
     merged_loss: list[float] = field(default_factory=list)
@@ -97,20 +97,20 @@ class Quantisation:
         return [answer.text == example.expected for answer, example in zip(answers, self.asked, strict=True)]
 
 
-def quantisation(
+def compare_export(
     job: Job,
     model: "Path",
     examples: list[Example],
     adapter_logits: "Sequence[Logits]" = (),
     merged_answers: list[Answer] | None = None,
-) -> Quantisation:
+) -> ExportFindings:
     """Load the merged model (without a fine-tuning pass, the base model) and the exported one, and ask both.
 
     ``merged_answers``: those to the same examples, where they are known.
     """
     import numpy as np
 
-    found = Quantisation(asked=_affordable(examples))
+    found = ExportFindings(asked=_affordable(examples))
     merged, onnx = open_backend(job, exported_from(job)), OnnxBackend(model)
     for number, example in enumerate(examples):
         job.progress.advance(number, len(examples), f"comparing the exported model with {exported_from(job)}")
