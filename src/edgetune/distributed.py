@@ -194,7 +194,7 @@ class Team:
             torch.manual_seed((seed + self.rank) % _SEEDS)
             yield
 
-    def add_up(self, values: "torch.Tensor") -> "torch.Tensor":
+    def all_reduce(self, values: "torch.Tensor") -> "torch.Tensor":
         """Return the sum over all processes, the same bits in each."""
         from torch import distributed
 
@@ -202,17 +202,17 @@ class Team:
             distributed.all_reduce(values)
         return values
 
-    def add_up_gradients(self, parameters: Sequence["torch.Tensor"]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence["torch.Tensor"]) -> None:
         """Give every parameter the sum of its gradients, in one message. Processes without rows have none."""
         import torch
 
         parts = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
-        total = self.add_up(torch.cat([part.flatten() for part in parts]))
+        total = self.all_reduce(torch.cat([part.flatten() for part in parts]))
         sizes = [part.numel() for part in parts]
         for weight, part in zip(parameters, torch.split(total, sizes), strict=True):
             weight.grad = part.view_as(weight)
 
-    def agree(self, parameters: Sequence["torch.Tensor"]) -> None:
+    def broadcast(self, parameters: Sequence["torch.Tensor"]) -> None:
         """Give every parameter the value it has in the first process."""
         from torch import distributed
 
@@ -220,7 +220,7 @@ class Team:
             for weight in parameters:
                 distributed.broadcast(weight.data, src=0)
 
-    def files(self, folder: Path | None, copy: Path) -> Path | None:
+    def broadcast_files(self, folder: Path | None, copy: Path) -> Path | None:
         """Return a folder with what the first process has in ``folder``: in the others ``copy``, which is made."""
         from torch import distributed
 

@@ -15,6 +15,7 @@ from edgetune import machine
 from edgetune.errors import EdgetuneError, failure, missing_extra
 from edgetune.preflight import Settings
 from edgetune.stages import Job
+from edgetune.train import CHECKPOINTS
 
 _TORCHRUN = ("-m", "torch.distributed.run")
 
@@ -31,7 +32,7 @@ class Torchrun:
         Raises EdgetuneError when one of them dies. None of them outlives this process.
         """
         _check_torch()
-        task, log = folder / "checkpoints" / "task.pickle", job.project.log("train")
+        task, log = folder / CHECKPOINTS / "task.pickle", job.project.log("train")
         fields = {name: value for name, value in vars(job).items() if name not in ("progress", "processes")}
         task.write_bytes(pickle.dumps((fields, folder, settings)))
         workers = ("--standalone", f"--nproc-per-node={self.here}", "-m", "edgetune.worker", str(task))

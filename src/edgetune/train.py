@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
     from edgetune.distributed import Team
 
-_CHECKPOINTS = "checkpoints"
-_SETTINGS = "settings.json"  # among them
+CHECKPOINTS = "checkpoints"
+"""The subfolder for what an interrupted training continues from; removed when the adapter is complete."""
+_SETTINGS = "settings.json"  # in it
 _SAVES_PER_RUN = 10
 _LOGGING_STEPS = 500  # of transformers, which evaluates as often unless told otherwise
 
@@ -86,7 +87,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
     check_target_modules(job)
     _check_best_checkpoint(job)
     trackers.check(job)
-    settings = _as_begun(folder / _CHECKPOINTS / _SETTINGS, preflight.chosen(job))
+    settings = _as_begun(folder / CHECKPOINTS / _SETTINGS, preflight.chosen(job))
     return job.processes.train(job, folder, settings) if job.processes else fit(job, folder, settings)
 
 
@@ -114,7 +115,7 @@ def _fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | Non
     _set_threads(team)
     if leads:
         trackers.prepare(job)
-    arguments = _training_arguments(job, folder / _CHECKPOINTS, settings, leads=leads)
+    arguments = _training_arguments(job, folder / CHECKPOINTS, settings, leads=leads)
     if team:
         job.progress.say(f"{team.size} processes, {team.here} of them on this machine, share the rows of a step")
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
@@ -132,14 +133,14 @@ def _fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | Non
     if job.workflow.eval_data is None:
         job.progress.say("no evaluation data: `edgetune data --write-split 0.1` sets some rows aside")
     trainer.remove_callback(transformers.PrinterCallback)
-    checkpoint = _last_whole_checkpoint(job, folder / _CHECKPOINTS) if leads else None
+    checkpoint = _last_whole_checkpoint(job, folder / CHECKPOINTS) if leads else None
     if team:
-        team.agree([weight for weight in model.parameters() if weight.requires_grad])
-        checkpoint = team.files(checkpoint, folder / _CHECKPOINTS / f"of-process-{team.rank}")
+        team.broadcast([weight for weight in model.parameters() if weight.requires_grad])
+        checkpoint = team.broadcast_files(checkpoint, folder / CHECKPOINTS / f"of-process-{team.rank}")
     result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     metrics = _metrics(trainer, result.metrics) | {"torch_dtype": settings.dtype}
     if team:
-        peak = team.add_up(torch.tensor(peak_memory_mb())).item()
+        peak = team.all_reduce(torch.tensor(peak_memory_mb())).item()
         metrics |= {"processes": team.size, "peak_rss_mb": round(peak, 1)}
     if leads:
         _save(job, folder, trainer, quantisation, metrics)
@@ -160,7 +161,7 @@ def _save(
         )
     if not all(torch.isfinite(weight).all() for weight in model.parameters() if weight.requires_grad):
         # The checkpoints hold the same; without them, the next run starts over.
-        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         raise failure(
             "training diverged: the adapter holds values that are not numbers",
             where=job.workflow.where_in_tuning("training_args", "learning_rate"),
@@ -172,7 +173,7 @@ def _save(
     if quantisation:
         quantisation.write(folder)
     write_json(folder / "loss.json", trainer.state.log_history)
-    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 STAGE = Stage("train", 2, inputs, build)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.batches import BUDGET, IGNORED, Collator, micro_batches
-from edgetune.dataset import Tokens
+from edgetune.dataset import EVAL, TRAIN, Tokens
 from edgetune.loading import device, fine_tuning
 from edgetune.stages import MANIFEST, Job, list_outputs, write_json
 
@@ -42,9 +42,9 @@ def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss", t
                 for group in micro_batches(share(inputs), budget=budget, rows=rows):
                     total += super().training_step(model, group, num_items_in_batch)
             if team:
-                total = team.add_up(total)
+                total = team.all_reduce(total)
                 if self.accelerator.sync_gradients:  # the last batch before a step of the optimiser
-                    team.add_up_gradients(trained)
+                    team.all_reduce_gradients(trained)
             return total
 
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
@@ -64,7 +64,7 @@ def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss", t
             output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
             losses = torch.cat(evaluated).double()
             total = torch.stack([losses.sum(), torch.tensor(float(len(losses))).double()])
-            total = team.add_up(total) if team else total
+            total = team.all_reduce(total) if team else total
             output.metrics[f"{metric_key_prefix}_loss"] = (total[0] / total[1]).item()
             return output
 
@@ -74,8 +74,8 @@ def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss", t
     return MicroBatches(
         model=model,
         args=arguments,
-        train_dataset=Tokens(job.project.stage_folder("data"), "train"),
-        eval_dataset=Tokens(job.project.stage_folder("data"), "eval") if job.workflow.eval_data else None,
+        train_dataset=Tokens(job.project.stage_folder("data"), TRAIN),
+        eval_dataset=Tokens(job.project.stage_folder("data"), EVAL) if job.workflow.eval_data else None,
         data_collator=Collator(job.base_folder),
         callbacks=[_report(job)],
     )
