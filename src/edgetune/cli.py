@@ -34,13 +34,12 @@ _MOST_PROBLEMS = 50
 
 def _start(arguments: argparse.Namespace, load: "Callable[[Project], Workflow] | None" = None) -> "Job":
     from edgetune import config
-    from edgetune.progress import Progress
     from edgetune.stages import Job
 
     project = Project.find(arguments.project)
     if load is None and getattr(arguments, "engine", "native") == "olive":
         project = replace(project, olive=True)
-    job = Job.start(project, (load or config.load)(project), Progress(project.events))
+    job = Job.start(project, (load or config.load)(project))
     job.max_bad = getattr(arguments, "max_bad", None)
     return job
 

@@ -22,7 +22,6 @@ from edgetune.examples import Example, examples
 from edgetune.generation import Backend, Sampling
 from edgetune.metrics import summarise
 from edgetune.processes import in_process
-from edgetune.progress import Progress
 from edgetune.project import Project
 from edgetune.scores import completion_loss
 from edgetune.stages import (
@@ -161,7 +160,7 @@ def _count(project: Project, keys: dict[str, str], folders: dict[str, Path], lim
 
 
 def _job(project: Project) -> Job:
-    return Job.start(project, config.load(project), Progress(project.events))
+    return Job.start(project, config.load(project))
 
 
 def _examine(project: Project, name: str, model: Path, key: str, limit: int | None) -> None:

@@ -82,11 +82,10 @@ def _link(source: Path, project: Project, name: str) -> None:
 
 def _take_base_model(project: Project, folder: Path, *, olive: bool) -> None:
     from edgetune import config, download, workflow
-    from edgetune.progress import Progress
     from edgetune.stages import Job
 
     load = config.load_for_olive if olive else config.load
-    job = Job.start(project, load(project), Progress(project.events))
+    job = Job.start(project, load(project))
     if not download.is_current(job):
         workflow.run(job, "download", source=folder.absolute())
 

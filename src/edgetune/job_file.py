@@ -15,7 +15,6 @@ from typing import Any
 
 from edgetune import config, download
 from edgetune.errors import EdgetuneError, Problem, failure, first_line, refuse
-from edgetune.progress import Progress
 from edgetune.project import Project
 from edgetune.stages import Job
 
@@ -119,7 +118,7 @@ def check(project: Project) -> Workspace:
     except EdgetuneError as error:
         problems += error.problems
     try:
-        job = Job.start(project, config.load(project), Progress(project.events))
+        job = Job.start(project, config.load(project))
     except EdgetuneError as error:
         problems += error.problems
     else:

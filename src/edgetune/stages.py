@@ -48,18 +48,20 @@ class Job:
     progress: Progress
     hashes: "Hashes"
     base_id: str
+    """The base model on the Hub, ``<org>/<name>``."""
     keys: dict[str, str]
+    """The keys of the stages that were looked at so far: a later one's key is made of those before it."""
     max_bad: int | None = None
     """How many rows may be left out because something is wrong with them; None: as many as were before, or none."""
     ahead: tuple[str, ...] = ()
     """The steps that this run comes to after the data, for :mod:`edgetune.preflight`; emptied when it has told them."""
-
     processes: "Torchrun | Launched | None" = None
     """Who trains; None: this process."""
 
     @classmethod
-    def start(cls, project: Project, workflow: Workflow, progress: Progress) -> "Job":
+    def start(cls, project: Project, workflow: Workflow, progress: Progress | None = None) -> "Job":
         """Make the context of a run; ``workflow`` has passed :func:`edgetune.config.load`."""
+        progress = progress or Progress(project.events)
         return cls(project, workflow, progress, Hashes(project.hash_cache), base_model_id(workflow, project), {})
 
     @property

@@ -16,7 +16,6 @@ from rich.filesize import decimal
 from edgetune import config, download, hub, installed, machine
 from edgetune.data_schema import FILE_FORMATS
 from edgetune.errors import EdgetuneError, Problem
-from edgetune.progress import Progress
 from edgetune.project import BUILTIN_MODELS, Project
 from edgetune.stages import Job, read_json
 
@@ -81,7 +80,7 @@ class Needs:
             workflow = config.load_for_olive(self.project)
         except (EdgetuneError, OSError):
             return None
-        job = Job.start(self.project, workflow, Progress(self.project.events))
+        job = Job.start(self.project, workflow)
         return job if job.base_id else None
 
     @cached_property
