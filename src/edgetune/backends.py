@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune import adapters, machine, preflight
 from edgetune.base_model import trusts_code
-from edgetune.errors import EdgetuneError, failure, missing_extra
+from edgetune.errors import EdgetuneError, failure, first_line, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
 from edgetune.loading import load_base, load_weights
 from edgetune.prompt import context_length, end_token_ids, load_tokenizer
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgetune.generation import Logits
 
 BACKENDS = ("base", "adapter", "merged", "onnx")
+MADE_BY = {"adapter": "train", "merged": "merge", "onnx": "verify"}
+"""The stage that publishes each model but the base model."""
 _OF_THE_ADAPTER = ("adapter", "merged")
 
 
@@ -146,9 +148,8 @@ def _loaded(folder: Path, load: Callable[[], Any]) -> Any:
     except EdgetuneError:
         raise
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0]
         hint = "`edgetune finetune` makes it again; for a base model, `edgetune download --from` brings it back"
-        raise failure(f"{folder} cannot be loaded: {type(error).__name__}: {said}", hint=hint) from error
+        raise failure(f"{folder} cannot be loaded: {type(error).__name__}: {first_line(error)}", hint=hint) from error
 
 
 def _cache_bytes(model: Any) -> int:
@@ -264,7 +265,7 @@ def load_exported(folder: Path, *, where: str = "", hint: str = "run `edgetune e
             config.overlay(json.dumps({"model": {"decoder": {"session_options": _threads(folder)}}}))
         return og.Model(config)
     except RuntimeError as error:  # the only type the library has
-        said = (str(error).splitlines() or [""])[0]
+        said = first_line(error)
         if device == "cpu":
             raise failure(f"{folder} cannot be loaded: {said}", where=where, hint=hint) from error
         hint = "run this on a machine that has one, with what setup/requirements.txt names installed"
@@ -321,8 +322,7 @@ def folder_of(job: Job, name: str) -> Path:
             where = job.project.name(folder)
             raise failure("the base model is not there yet", where=where, hint="run `edgetune download`")
         return folder
-    stage = {"adapter": "train", "merged": "merge", "onnx": "verify"}[name]
-    folder = job.project.stage_folder(stage)
+    folder = job.project.stage_folder(MADE_BY[name])
     recover_at_rest(job.project, folder)
     manifest = read_manifest(folder)
     if manifest is None:

@@ -235,8 +235,7 @@ def _tune(arguments: argparse.Namespace, last: str) -> None:
         command = [arguments.run.__name__, f"--project={arguments.project.absolute()}", *max_bad, *copied, *debug]
         torchrun.on_machines(passed_on, arguments.nproc, command)
     else:
-        processes = torchrun.Torchrun(arguments.nproc) if arguments.nproc > 1 else None
-        _print_result(_run_steps(arguments, last, processes), last)
+        _print_result(_run_steps(arguments, last, _processes(arguments)), last)
 
 
 def _tune_with_others(arguments: argparse.Namespace, last: str) -> None:
@@ -260,6 +259,13 @@ def _tune_with_others(arguments: argparse.Namespace, last: str) -> None:
         team.dismiss()
 
 
+def _processes(arguments: argparse.Namespace) -> "Torchrun | None":
+    """Return what starts the processes that ``--nproc`` asks for; None when it is one."""
+    from edgetune.torchrun import Torchrun
+
+    return Torchrun(arguments.nproc) if arguments.nproc > 1 else None
+
+
 def _torchrun_options(arguments: argparse.Namespace) -> list[str]:
     """Return the options for torchrun that were given."""
     given = {name: getattr(arguments, name[2:].replace("-", "_")) for name in options.TORCHRUN_OPTIONS}
@@ -267,10 +273,10 @@ def _torchrun_options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _smoke(arguments: argparse.Namespace) -> None:
-    from edgetune import smoke, torchrun
+    from edgetune import smoke
 
     job = _start(arguments)
-    job.processes = torchrun.Torchrun(arguments.nproc) if arguments.nproc > 1 else None
+    job.processes = _processes(arguments)
     print("\n".join(smoke.summary(smoke.run(job))))
 
 

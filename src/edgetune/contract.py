@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
 
-from edgetune.errors import Problem, failure, missing_extra
+from edgetune.errors import Problem, failure, first_line, missing_extra
 
 Turn = tuple[str, str]
 """The text the model is given and the text it has to answer with."""
@@ -343,7 +343,6 @@ class _Chat:
                 messages, tokenize=False, add_generation_prompt=asking, chat_template=self.template
             )
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
             hint = "it may not know system messages; use text_template, or another chat_template"
-            raise failure(f"the chat template refuses a conversation: {said}", hint=hint) from error
+            raise failure(f"the chat template refuses a conversation: {first_line(error)}", hint=hint) from error
         return str(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import config, download, preflight, verify
-from edgetune.backends import OnnxBackend, backends_of, open_backend
+from edgetune.backends import MADE_BY, OnnxBackend, backends_of, open_backend
 from edgetune.checks.answers import answer_limit
 from edgetune.dataset import EVAL, metrics
 from edgetune.errors import failure
@@ -34,6 +34,7 @@ from edgetune.stages import (
     run_lock,
     versions,
     write_json,
+    write_text,
 )
 
 _FORMAT = 2
@@ -101,9 +102,8 @@ def model_folder(job: Job, name: str) -> Path:
     """Return the folder of a backend's model; the exported one may have been set aside by verify."""
     if name == "base":
         return job.base_folder
-    if name == "onnx":
-        return verify.exported(job, job.keys["export"]) or job.project.stage_folder("verify")
-    return job.project.stage_folder({"adapter": "train", "merged": "merge"}[name])
+    found = verify.exported(job, job.keys["export"]) if name == "onnx" else None
+    return found or job.project.stage_folder(MADE_BY[name])
 
 
 def _key(job: Job, name: str, limit: int | None) -> str:
@@ -171,10 +171,7 @@ def _examine(project: Project, name: str, model: Path, key: str, limit: int | No
     with job.progress.running("evaluate", job.project.log(f"evaluate-{name}")):
         asked = examples(job, EVAL, limit)
         done = [line for line in _read(path, key) if "number" in line]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"key": key}, *done]), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in [{"key": key}, *done]))
         job.progress.advance(0, len(asked), f"loading {name}")
         started = time.monotonic()
         backend = OnnxBackend(model) if name == "onnx" else open_backend(job, name)

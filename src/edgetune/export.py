@@ -12,8 +12,9 @@ from typing import Any
 
 from edgetune import adapters, architectures, builder, dataset, passes
 from edgetune.backends import GENAI_CONFIG, load_exported
+from edgetune.base_model import trusts_code
 from edgetune.download import digests
-from edgetune.errors import EdgetuneError, failure
+from edgetune.errors import EdgetuneError, failure, first_line
 from edgetune.schema import ModelBuilder
 from edgetune.stages import Job, Stage, published, write_json
 
@@ -139,15 +140,14 @@ def run_builder(job: Job, source: Path, folder: Path, precision: str, options: d
             work,
             precision,
             hf_token="false",  # noqa: S106 - everything is local; the builder's default asks the Hub client for a token
-            hf_remote=job.workflow.input_model.load_kwargs.trust_remote_code,
+            hf_remote=trusts_code(job),
             **{"execution_provider": "cpu"} | adapters.builder_options(job) | options,
         )
     except EdgetuneError:
         raise
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
         raise failure(
-            f"onnxruntime-genai's builder failed: {type(error).__name__}: {lines[0]}",
+            f"onnxruntime-genai's builder failed: {type(error).__name__}: {first_line(error)}",
             where=job.project.name(job.project.log(job.progress.stage)),
             hint="the log has what it printed; --debug shows the traceback",
         ) from error

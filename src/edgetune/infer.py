@@ -17,7 +17,7 @@ from edgetune.errors import EdgetuneError, Problem, failure, refuse
 from edgetune.generation import GREEDY, Answer, Backend, Sampling
 from edgetune.prompt import Encoder
 from edgetune.row import Place, Row
-from edgetune.stages import Job
+from edgetune.stages import Job, write_text
 from edgetune.stream import OnText
 from edgetune.text_rows import is_decoded, json_rows
 
@@ -176,11 +176,8 @@ def as_record(row: Record, answer: Answer) -> Record:
 
 
 def write_records(path: Path, records: list[Record]) -> None:
-    """Write answers as JSONL, all or nothing: an interrupted run leaves the earlier file alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    temporary.replace(path)
+    """Write answers as JSONL."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 _ENDS = {"stop": "ended by {themselves}", "length": "cut at the limit of length"}

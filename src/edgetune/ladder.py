@@ -3,7 +3,6 @@
 Reads the data and ``gen-model/merged/``; writes the settings of the first rung that holds into the workflow file.
 """
 
-import gc
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from edgetune.generation import Answer
 from edgetune.project import Project
 from edgetune.schema import Workflow
 from edgetune.source import Edit, JsonSource, write_edits
-from edgetune.stages import Job, partial_folder, read_json, run_lock
+from edgetune.stages import Job, partial_folder, read_json, release_memory, run_lock
 
 _CALIBRATION, _CALIBRATION_ROWS = "calibration_data", 128
 
@@ -183,7 +182,7 @@ class _Trials:
         backend = OnnxBackend(self.work)
         rate = speed(backend, self.rows).get("decode_tokens_per_second")
         del backend
-        gc.collect()  # its memory is wanted for the next model
+        release_memory()  # the next model needs it
         return 1000 / rate if rate else 0.0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from edgetune import config, verify, workflow
-from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune.errors import Problem, failure, refuse
 from edgetune.installed import installed_version
 from edgetune.olive_process import OF_OLIVE, check_installed, run_olive
 from edgetune.passes import named_files
@@ -141,5 +141,4 @@ def _check_folders(job: Job) -> None:
             wanted = os.path.relpath(folder, project.config_folder)
             message = f"{key} is {given!r}; the olive engine works in {project.name(folder)}"
             problems.append(Problem(message, job.workflow.where(key), f'write "{key}": "{wanted}"'))
-    if problems:
-        raise EdgetuneError(problems)
+    refuse(problems)

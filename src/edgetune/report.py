@@ -14,7 +14,7 @@ from typing import Any
 from edgetune import dataset, workflow
 from edgetune.pages import charts, render
 from edgetune.rows import files_of
-from edgetune.stages import Job, read_json, read_manifest, sha256
+from edgetune.stages import Job, read_json, read_manifest, sha256, write_text
 
 Facts = dict[str, Any]
 
@@ -30,11 +30,7 @@ def write(job: Job) -> Path:
     facts["charts"] = _charts(facts)
     for kind, environment in (("html", render.html()), ("md", render.markdown())):
         page = environment.get_template(f"report.{kind}.jinja").render(facts)
-        path = job.project.report(kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        write_text(job.project.report(kind), page)
     return job.project.report("html")
 
 

@@ -144,12 +144,17 @@ class Hashes:
                 write_json(self.cache, {k: v for k, v in self.known.items() if Path(k).exists()}, indent=None)
 
 
-def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    """Write JSON so that a reader never sees half of it."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader never sees half of it: interrupted, it leaves the earlier one alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
     temporary.replace(path)
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write JSON as :func:`write_text` does."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

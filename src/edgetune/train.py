@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune import machine, preflight, trackers
 from edgetune.download import digests
 from edgetune.dropout import replace_dropout
-from edgetune.errors import Problem, failure, missing_extra, refuse
+from edgetune.errors import Problem, failure, first_line, missing_extra, refuse
 from edgetune.loading import device, fine_tuning, load_base
 from edgetune.loss import CompletionLoss
 from edgetune.quantised import Quantisation
@@ -302,8 +302,9 @@ def _argument_errors(job: Job) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         where = job.workflow.where_in_tuning("training_args")
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise failure(f"training_args: {said}", where=where, hint="correct the argument or remove it") from error
+        raise failure(
+            f"training_args: {first_line(error)}", where=where, hint="correct the argument or remove it"
+        ) from error
 
 
 def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
@@ -326,7 +327,7 @@ def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
         model = get_peft_model(base, config)
     except ValueError as error:
         where = job.workflow.where_in_tuning("target_modules")
-        raise failure(str(error).splitlines()[0], where=where, hint="name the layers in target_modules") from None
+        raise failure(first_line(error), where=where, hint="name the layers in target_modules") from None
     if device() == "cpu":
         replace_dropout(model)
     trained, total = model.get_nb_trainable_parameters()

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune.builtin.corpus import ASSISTANT, END, END_OF_TEXT, SPECIAL_TOKENS, documents
+from edgetune.builtin.corpus import ASSISTANT, END, END_OF_TEXT, SEED, SPECIAL_TOKENS, documents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pretrain")
 
-SEED = 11
 VOCABULARY_SIZE = 2304
 CONTEXT_LENGTH = 2048
 SEQUENCE_LENGTH = 128

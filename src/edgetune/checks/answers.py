@@ -1,6 +1,5 @@
 """Ask the models the same questions: what the adapter learned, and what merging and int4 made of it."""
 
-import gc
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ from edgetune.backends import OnnxBackend, TorchBackend, exported_from, open_bac
 from edgetune.examples import Example
 from edgetune.generation import Answer, Backend, Sampling
 from edgetune.scores import completion_loss, divergence, log_probabilities, loss_of
-from edgetune.stages import Job
+from edgetune.stages import Job, release_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +46,7 @@ def adapter_losses(job: Job, examples: list[Example]) -> Losses:
     tokens = sum(example.learned for example in examples)
     kept = [backend.logits(e.ids, e.start)[:_POSITIONS_KEPT].copy() for e in examples[:_LOGITS_KEPT]]
     del backend
-    gc.collect()  # the model refers to itself; the next one needs its memory
+    release_memory()  # the next model needs it
     return Losses(base / tokens, adapter / tokens, kept)
 
 

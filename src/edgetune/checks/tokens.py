@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from edgetune.backends import GENAI_CONFIG, exported_end_ids
+from edgetune.base_model import trusts_code
 from edgetune.examples import Example
 from edgetune.prompt import Encoder, end_token_ids, load_tokenizer
 from edgetune.stages import Job
@@ -40,7 +41,7 @@ def _tokenizer_fault(job: Job, model: Path, examples: list[Example]) -> list[str
     from transformers import AutoTokenizer
 
     of_runtime = og.Tokenizer(og.Model(str(model)))
-    trusted = job.workflow.input_model.load_kwargs.trust_remote_code
+    trusted = trusts_code(job)
     of_transformers = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trusted)
     reference = load_tokenizer(model)
     readers: dict[str, Callable[[str], list[int]]] = {
