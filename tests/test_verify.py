@@ -265,7 +265,7 @@ def test_one_element_that_is_off_is_seen(
         flat[at] += 4 * torch.finfo(dtype).eps * magnitude
 
     change_tensors(folders[2] / "model.safetensors", move)
-    [wrong] = compare_weights(*folders).wrong or []
+    [wrong] = compare_weights(*folders).wrong
     assert wrong.startswith("model.a.weight is off by")
 
 

@@ -12,7 +12,9 @@ from typing import Any
 from edgetune import adapters, config, export, olive_process, verify
 from edgetune.architectures import BUILDERS_BLOCK
 from edgetune.backends import OnnxBackend
+from edgetune.checks import judge
 from edgetune.checks.answers import compare_export
+from edgetune.checks.tokens import token_faults
 from edgetune.errors import GateError, Problem, failure
 from edgetune.evaluate import speed
 from edgetune.examples import Example, examined_set, examples, has_labels
@@ -171,7 +173,8 @@ class _Trials:
         found = compare_export(job, self.work, self.rows, [], self.merged_answers)
         self.merged_answers = found.merged_answers
         limits = verify.settled(job, self.work, verify.Limits(max_drop=self.wanted.max_drop))
-        quality, stopping = verify.quantised(job, found, limits), verify.stopping(job, self.work, found, self.rows)
+        quality = judge.quantised(job, found, limits.max_drop or 0.0)
+        stopping = judge.stopping(job, found, token_faults(job, export.source_folder(job), self.work, self.rows))
         faults = [] if quality.passed else [_cost(job, quality.numbers["drop"], limits)]
         faults += [] if stopping.passed else [stopping.summary]
         if self.wanted.max_ms_per_token is not None and ms > self.wanted.max_ms_per_token:

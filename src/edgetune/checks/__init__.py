@@ -1,1 +1,1 @@
-"""What verification examines, one module a check."""
+"""What verification examines, one module a check, and :mod:`edgetune.checks.judge`, which says what passes."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ class MergeFindings:
     """Matrices that the adapter changes."""
     others: int = 0
     """Tensors that have to be the base model's."""
-    wrong: list[str] | None = None
+    wrong: list[str] = field(default_factory=list)
     """What is wrong with which tensor."""
     zero: int = 0
     """LoRA B matrices without any value: nothing was learned there."""
@@ -35,7 +35,8 @@ def compare_weights(base: Path, adapter: Path, merged: Path) -> MergeFindings:
     updates, quantisation = Adapter(adapter), Quantisation.read(adapter)
     originals, results = read_folder(base), read_folder(merged)
     found = MergeFindings(matrices=len(updates.names))
-    wrong = found.wrong = [f"{name} is missing" for name in sorted(originals.keys() - results.keys())]
+    wrong = found.wrong
+    wrong += [f"{name} is missing" for name in sorted(originals.keys() - results.keys())]
     more = (results.keys() | updates.names) - originals.keys()
     wrong += [f"{name} is not in the base model" for name in sorted(more)]
     for name in sorted(originals.keys() & results.keys()):
