@@ -232,7 +232,7 @@ import sys, torch
 from pathlib import Path
 from edgetune.checks.merge import compare_weights
 from edgetune.merge import write_merged
-from edgetune.stages import peak_memory_mb, reset_peak_memory
+from edgetune.memory import peak_memory_mb, reset_peak_memory
 base, adapter, merged = map(Path, sys.argv[1:])
 reset_peak_memory()
 before = peak_memory_mb()

@@ -20,22 +20,12 @@ from edgetune.dataset import EVAL, metrics
 from edgetune.errors import failure
 from edgetune.examples import Example, examples
 from edgetune.generation import Backend, Sampling
+from edgetune.memory import peak_memory_mb, reset_peak_memory
 from edgetune.metrics import summarise
 from edgetune.processes import in_process
 from edgetune.project import Project
 from edgetune.scores import completion_loss
-from edgetune.stages import (
-    Job,
-    key_of,
-    peak_memory_mb,
-    published,
-    read_json,
-    reset_peak_memory,
-    run_lock,
-    versions,
-    write_json,
-    write_text,
-)
+from edgetune.stages import Job, key_of, published, read_json, run_lock, versions, write_json, write_text
 
 _FORMAT = 2
 _BATCH = 64

@@ -19,10 +19,11 @@ from edgetune.errors import GateError, Problem, failure
 from edgetune.evaluate import speed
 from edgetune.examples import Example, examined_set, examples, has_labels
 from edgetune.generation import Answer
+from edgetune.memory import release_memory
 from edgetune.project import Project
 from edgetune.schema import Workflow
 from edgetune.source import Edit, JsonSource, write_edits
-from edgetune.stages import Job, partial_folder, read_json, release_memory, run_lock
+from edgetune.stages import Job, partial_folder, read_json, run_lock
 
 _CALIBRATION, _CALIBRATION_ROWS = "calibration_data", 128
 

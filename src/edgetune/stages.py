@@ -4,8 +4,6 @@ A stage's key is the hash of the content it depends on. Its output is built in `
 into place with ``manifest.json`` as the last file written: no manifest, no stage.
 """
 
-import ctypes
-import gc
 import hashlib
 import json
 import os
@@ -25,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from edgetune.config import base_model_id
 from edgetune.errors import EdgetuneError, failure
+from edgetune.memory import peak_memory_mb, reset_peak_memory
 from edgetune.progress import Progress
 from edgetune.project import Project
 from edgetune.schema import Workflow
@@ -294,33 +293,6 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def reset_peak_memory() -> None:
-    """Start a new high-water mark, where the system has one per process that can be reset (Linux)."""
-    release_memory()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def release_memory() -> None:
-    """Give what was freed back to the system."""
-    gc.collect()  # models refer to themselves
-    with suppress(OSError, AttributeError, TypeError):  # glibc alone keeps gigabytes of what was freed
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory_mb() -> float:
-    """Return the largest resident memory of this process in MB, since the last reset where it can be reset."""
-    with suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
-    try:
-        import resource
-    except ImportError:  # Windows has neither
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
 
 
 class HashedFile:

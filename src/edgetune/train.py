@@ -17,20 +17,10 @@ from edgetune.dropout import replace_dropout
 from edgetune.errors import Problem, failure, first_line, missing_extra, refuse
 from edgetune.loading import device, fine_tuning, load_base
 from edgetune.loss import CompletionLoss
+from edgetune.memory import peak_memory_mb, release_memory
 from edgetune.quantised import Quantisation
 from edgetune.schema import QLoRA
-from edgetune.stages import (
-    Hashes,
-    Job,
-    Stage,
-    is_intact,
-    peak_memory_mb,
-    published,
-    read_json,
-    read_manifest,
-    release_memory,
-    write_json,
-)
+from edgetune.stages import Hashes, Job, Stage, is_intact, published, read_json, read_manifest, write_json
 from edgetune.tensors import read_folder
 from edgetune.trainer import make_trainer
 

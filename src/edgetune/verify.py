@@ -23,17 +23,16 @@ from edgetune.checks.tokens import token_faults
 from edgetune.errors import GateError, Problem
 from edgetune.examples import examined_set, examples, has_labels
 from edgetune.export import source_folder
+from edgetune.memory import peak_memory_mb, reset_peak_memory
 from edgetune.stages import (
     Job,
     changes,
     key_of,
     partial_folder,
-    peak_memory_mb,
     publish,
     published,
     read_json,
     read_manifest,
-    reset_peak_memory,
     versions,
     write_json,
 )

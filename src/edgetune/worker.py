@@ -14,8 +14,9 @@ from typing import IO, Any
 from edgetune import train, workflow
 from edgetune.distributed import LostError, Team
 from edgetune.errors import EdgetuneError, failure
+from edgetune.memory import release_memory
 from edgetune.progress import Progress, Silent
-from edgetune.stages import Job, release_memory
+from edgetune.stages import Job
 
 _GRACE = 20  # seconds in which torchrun ends this process, and tells who died first
 

@@ -72,7 +72,7 @@ def run(base, adapter, target):
 MEASURE = """
 import json, sys, time
 from pathlib import Path
-from edgetune.stages import peak_memory_mb, reset_peak_memory
+from edgetune.memory import peak_memory_mb, reset_peak_memory
 reset_peak_memory()
 before, started = peak_memory_mb(), time.monotonic()
 run(*map(Path, sys.argv[1:]))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from edgetune.backends import OnnxBackend, TorchBackend, exported_from, open_backend
 from edgetune.examples import Example
 from edgetune.generation import Answer, Backend, Sampling
+from edgetune.memory import release_memory
 from edgetune.scores import completion_loss, divergence, log_probabilities, loss_of
-from edgetune.stages import Job, release_memory
+from edgetune.stages import Job
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
