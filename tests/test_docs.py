@@ -43,6 +43,16 @@ def test_the_configuration_reference_is_what_the_schema_says() -> None:
     assert not re.findall(r"(?m)^\| `(\w+)` \|.*\|  \|$", page), "keys without an explanation"
 
 
+def test_the_design_names_every_module() -> None:
+    """docs/design.md has a table in which a newcomer finds each module, or the folder it lies in."""
+    table = (ROOT / "docs/design.md").read_text(encoding="utf-8").partition("## Where is what")[2].partition("\n## ")[0]
+    package = ROOT / "src/edgetune"
+    modules = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+
+    assert {*re.findall(r"\[`([\w/.]+)`\]", table)} == modules | folders
+
+
 def test_quoted_errors_are_in_the_source() -> None:
     """Every heading of docs/troubleshooting.md that quotes an error quotes what the code, the template or make says."""
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
