@@ -85,7 +85,7 @@ class TorchBackend(Backend):
                 output = self.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
                 token = output.logits[:, -1].argmax(-1, keepdim=True)
             token.tolist()
-            return Speed(len(ids), read - started, new_tokens, time.perf_counter() - read)
+            return Speed(read - started, time.perf_counter() - read)
 
     def _continue(
         self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, stream: Stream | None
@@ -163,9 +163,8 @@ def _cache_bytes(model: Any) -> int:
 _PLAIN_SEARCH = {"num_beams": 1, "num_return_sequences": 1, "min_length": 0, "no_repeat_ngram_size": 0}
 """What the model's own file says about these must not mix with what is asked for here."""
 
-
 _MIND_PADDING = {"lfm2"}
-"""Models whose layers of convolution read the padding of a batch as if it were text."""
+"""Types of models whose layers of convolution read the padding of a batch as if it were text."""
 
 
 class OnnxBackend(Backend):
@@ -207,7 +206,7 @@ class OnnxBackend(Backend):
         read = time.perf_counter()
         for _ in range(new_tokens):
             generator.generate_next_token()
-        return Speed(len(ids), read - started, new_tokens, time.perf_counter() - read)
+        return Speed(read - started, time.perf_counter() - read)
 
     def _generator(self, batch_size: int, **options: Any) -> Any:
         parameters = self._og.GeneratorParams(self.model)
@@ -218,11 +217,9 @@ class OnnxBackend(Backend):
         return generator
 
     def _rows_at_once(self, length: int, sampling: Sampling) -> int:
-        if sampling.repetition_penalty != 1:  # the library would count padding as said before
-            return 1
-        if self._model["type"] in _MIND_PADDING:
-            return 1
-        return super()._rows_at_once(length, sampling)
+        # To the library, what padding is made of has been said before, which a penalty on repetitions is for.
+        alone = sampling.repetition_penalty != 1 or self._model["type"] in _MIND_PADDING
+        return 1 if alone else super()._rows_at_once(length, sampling)
 
     def _continue(
         self, prompts: list[list[int]], new_tokens: int, sampling: Sampling, stream: Stream | None

@@ -30,11 +30,9 @@ _SLICE = 1_000_000  # weights at a time: the quantiser is quicker with them than
 
 
 def create(source: Path, folder: Path, work: Path, precision: str, **options: Any) -> None:
-    """Make an ONNX model in ``folder`` of the model in ``source``.
+    """Make an ONNX model in ``folder`` of the model in ``source``; what is made on the way goes to ``work``.
 
     Raises what the builder raises, and EdgetuneError when it is not installed.
-
-    ``work``: a folder for what is made on the way.
     """
     with ExitStack() as stack:
         weights = stack.enter_context(_Weights.of(source))

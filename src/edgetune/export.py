@@ -21,7 +21,6 @@ from edgetune.stages import Job, Stage, published, write_json
 _BUILDERS_NAMES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
 """What the builder calls execution providers."""
 
-
 NAME = "export"
 """The stage of the last pass."""
 
@@ -32,7 +31,7 @@ def stages(job: Job) -> list[Stage]:
     made = [*(f"passes/{name}" for name in names[:-1]), NAME]
     return [
         Stage(stage, 3, partial(_inputs, name=name), partial(_build, name=name))
-        for stage, name in zip(made, names, strict=False)
+        for stage, name in zip(made, names, strict=False)  # a file that stock Olive judges is read without its passes
     ]
 
 

@@ -6,7 +6,7 @@ Here are batches, limits and end tokens, which are the same for all; :mod:`edget
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,16 +61,12 @@ class Answer:
     seconds: float
     """Its share of the time its batch took."""
 
-    as_record = asdict
-
 
 @dataclass(frozen=True)
 class Speed:
     """How long a model takes for one prompt and one answer."""
 
-    prompt_tokens: int
     prefill_seconds: float
-    answer_tokens: int
     decode_seconds: float
 
 

@@ -121,15 +121,14 @@ def open_job(job: Job) -> Path:
 
 def check(job: Job, limits: verify.Limits) -> None:
     """Verify the model that Olive made. Raises GateError when it does not pass."""
-    open_job(job)
+    model = open_job(job)
     folders = [job.project.stage_folder(stage) for stage in ("train", "merge")] if job.workflow.tuning else []
     if missing := [job.project.name(folder) for folder in folders if read_manifest(folder) is None]:
         message = f"stock Olive made no {' and no '.join(missing)}, which the exported model is compared with"
         hint = "LoRA, QLoRA or DoRA, MergeAdapterWeights and ModelBuilder in this order can be verified"
         raise failure(message, where=job.workflow.where("passes"), hint=hint)
     with run_lock(job.project):
-        if model := verify.exported(job):
-            verify.verify(job, model, limits, repeat=True)
+        verify.verify(job, model, limits, repeat=True)
 
 
 def _check_folders(job: Job) -> None:
