@@ -188,6 +188,18 @@ def test_make_report_tells_the_numbers_that_were_measured(evaluated: Sandbox) ->
             assert check["title"] in text.replace("\\", "")
 
 
+def test_the_size_does_not_change_with_the_evaluation(tuned: Sandbox, evaluated: Sandbox) -> None:
+    """What the report calls the model's size is that of its weights, before they are measured and after."""
+    before, after = (Results.read(job_of(project)).size for project in (tuned, evaluated))
+
+    assert before == after
+    assert (
+        before
+        == (tuned.root / "gen-model/onnx/model.onnx.data").stat().st_size
+        + (tuned.root / "gen-model/onnx/model.onnx").stat().st_size
+    )
+
+
 def test_report_is_one_page_that_loads_nothing(measured: Sandbox) -> None:
     """No scripts, nothing fetched, every link leads somewhere in the page, every id is there once."""
     page, _ = report(measured)

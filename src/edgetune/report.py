@@ -117,10 +117,11 @@ class Results:
 
     @property
     def size(self) -> int | None:
-        """Bytes of all files of the exported model."""
+        """Bytes of the exported model's weights."""
         if measured := self.backends.get("onnx", {}).get("bytes"):
             return int(measured)
-        return sum(entry["size"] for entry in (self.manifests["export"] or {"outputs": {}})["outputs"].values()) or None
+        files = (self.manifests["export"] or {"outputs": {}})["outputs"]
+        return sum(entry["size"] for name, entry in files.items() if name.endswith((".onnx", ".onnx.data"))) or None
 
     def title(self, backend: str) -> str:
         """Return what a backend is called."""
