@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Sandbox
+from edgetune.backends import OnnxBackend
 from edgetune.errors import EdgetuneError, failure
+from edgetune.evaluate import speed
+from edgetune.examples import Example
 from edgetune.processes import in_process
 from edgetune.scores import compare_hits, compare_losses
 
@@ -72,6 +75,17 @@ def test_numbers_follow_from_the_answers(evaluated: Sandbox) -> None:
         if (one == label) != (other == label)
     }
     assert {row["where"] for row in found["flipped"]} == flipped
+
+
+def test_no_speed_where_there_is_no_room_for_an_answer(evaluated: Sandbox) -> None:
+    """A model that takes fewer tokens than the measured answer has gets no speed, rather than one beyond its limit."""
+    backend = OnnxBackend(evaluated.root / "gen-model/onnx")
+    example = Example("datasets/eval.jsonl:1", "a question", ids=[*range(10, 20)], start=5, expected="joy")
+
+    assert speed(backend, [example])["prompt_tokens"] == 223  # of 256 tokens, 32 are for the answer
+    for length in (33, 20):
+        backend.max_length = length
+        assert speed(backend, [example]) == {}
 
 
 def test_interrupted_evaluation_goes_on(evaluated: Sandbox, tmp_path: Path) -> None:

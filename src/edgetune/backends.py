@@ -217,7 +217,7 @@ class OnnxBackend(Backend):
         return generator
 
     def _rows_at_once(self, length: int, sampling: Sampling) -> int:
-        # To the library, what padding is made of has been said before, which a penalty on repetitions is for.
+        # The library takes padding for something that was said, and would count it as a repetition.
         alone = sampling.repetition_penalty != 1 or self._model["type"] in _MIND_PADDING
         return 1 if alone else super()._rows_at_once(length, sampling)
 

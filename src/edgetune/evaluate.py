@@ -193,11 +193,15 @@ def _answered(backend: Backend, asked: list[Example], done: set[int]) -> Iterato
 
 
 def speed(backend: Backend, asked: list[Example]) -> Record:
-    """Measure the fastest of three runs: what else the machine does is not the model's."""
+    """Measure the fastest of three runs: what else the machine does is not the model's.
+
+    Returns nothing where the model takes no more tokens than such an answer has.
+    """
     text = [token for example in asked for token in example.prompt_ids]
-    ids = (text * (_SPEED_PROMPT // len(text) + 1))[: min(_SPEED_PROMPT, backend.max_length - _SPEED_ANSWER - 1)]
-    if not ids:
+    room = backend.max_length - _SPEED_ANSWER - 1
+    if room < 1:
         return {}
+    ids = (text * (_SPEED_PROMPT // len(text) + 1))[: min(_SPEED_PROMPT, room)]
     runs = [backend.speed(ids, _SPEED_ANSWER) for _ in range(3)]
     prefill, decode = min(run.prefill_seconds for run in runs), min(run.decode_seconds for run in runs)
     return {
