@@ -19,13 +19,14 @@ from copier import run_copy
 from safetensors.torch import load_file
 
 from edgetune import config, workflow
-from edgetune.backends import OnnxBackend, torch_backend
 from edgetune.checks.conversion import compare_conversion
 from edgetune.errors import EdgetuneError
 from edgetune.generation import Backend, Sampling
+from edgetune.onnx_backend import OnnxBackend
 from edgetune.progress import Progress
 from edgetune.project import BUILTIN_MODELS, Project
 from edgetune.stages import Job
+from edgetune.torch_backend import open_model
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "architectures.md"
@@ -321,7 +322,7 @@ def run(case: Case, root: Path, method: str = "LoRA") -> Row:
     row.trained = _changed(project.stage_folder("train"))
     merged, exported = project.stage_folder("merge"), project.stage_folder("export")
     job = _job(project)
-    reference = torch_backend(job, merged, "float32")
+    reference = open_model(job, merged, "float32")
     row.difference, _ = compare(reference, OnnxBackend(exported))
     row.same_answers = _answers(reference) == _answers(OnnxBackend(exported))
     with job.progress.running("verify", project.log("verify")):

@@ -9,10 +9,11 @@ import pytest
 import matrix
 from conftest import Sandbox
 from edgetune.architectures import EXPORTABLE, builder_input, refusal
-from edgetune.backends import OnnxBackend, TorchBackend
 from edgetune.errors import EdgetuneError
 from edgetune.loading import load_weights
+from edgetune.onnx_backend import OnnxBackend
 from edgetune.tensors import read_folder
+from edgetune.torch_backend import TorchBackend
 from matrix import CASES, METHODS, SMALL, Case, random_model
 
 REFUSED = {"olmo", "gpt_oss", "qwen2-yarn"}

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Sandbox
-from edgetune.backends import OnnxBackend
 from edgetune.errors import EdgetuneError, failure
 from edgetune.evaluate import speed
 from edgetune.examples import Example
+from edgetune.onnx_backend import OnnxBackend
 from edgetune.processes import in_process
 from edgetune.scores import compare_hits, compare_losses
 

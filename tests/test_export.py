@@ -9,9 +9,9 @@ import pytest
 
 from conftest import Sandbox
 from edgetune import config
-from edgetune.backends import GENAI_CONFIG
 from edgetune.checks.conversion import compare_conversion
 from edgetune.errors import EdgetuneError, Problem
+from edgetune.onnx_backend import GENAI_CONFIG
 from edgetune.progress import Progress
 from edgetune.project import Project
 from edgetune.schema import PRECISIONS

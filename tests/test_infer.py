@@ -15,9 +15,10 @@ import pytest
 
 from conftest import ENVIRONMENT, Sandbox
 from edgetune import options
-from edgetune.backends import BACKENDS, OnnxBackend, open_backend
+from edgetune.backends import BACKENDS, open_backend
 from edgetune.errors import EdgetuneError
 from edgetune.generation import Answer, Sampling
+from edgetune.onnx_backend import OnnxBackend
 
 CHATTY = Sampling(temperature=4.0, seed=3, max_new_tokens=16)
 TONES = {"joy", "sadness", "fear", "surprise"}

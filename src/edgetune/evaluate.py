@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import config, download, preflight, verify
-from edgetune.backends import MADE_BY, OnnxBackend, backends_of, open_backend
+from edgetune.backends import MADE_BY, backends_of, open_backend
 from edgetune.checks.answers import answer_limit
 from edgetune.dataset import EVAL, metrics
 from edgetune.errors import failure
@@ -22,6 +22,7 @@ from edgetune.examples import Example, examples
 from edgetune.generation import Backend, Sampling
 from edgetune.memory import peak_memory_mb, reset_peak_memory
 from edgetune.metrics import summarise
+from edgetune.onnx_backend import OnnxBackend
 from edgetune.processes import in_process
 from edgetune.project import Project
 from edgetune.scores import completion_loss

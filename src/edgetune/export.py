@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import adapters, architectures, builder, dataset, passes
-from edgetune.backends import GENAI_CONFIG, load_exported
 from edgetune.base_model import trusts_code
 from edgetune.download import digests
 from edgetune.errors import EdgetuneError, failure, first_line
+from edgetune.onnx_backend import GENAI_CONFIG, load_exported
 from edgetune.schema import ModelBuilder
 from edgetune.stages import Job, Stage, published, write_json
 

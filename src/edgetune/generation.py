@@ -1,6 +1,7 @@
 """What it is to ask a model: how tokens are chosen, what an answer is, and the interface that every backend has.
 
-Here are batches, limits and end tokens, which are the same for all; :mod:`edgetune.backends` has the models.
+Here are batches, limits and end tokens, which are the same for all; :mod:`edgetune.torch_backend` and
+:mod:`edgetune.onnx_backend` have the models.
 """
 
 import time

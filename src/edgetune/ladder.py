@@ -11,7 +11,6 @@ from typing import Any
 
 from edgetune import adapters, config, export, olive_process, verify
 from edgetune.architectures import BUILDERS_BLOCK
-from edgetune.backends import OnnxBackend
 from edgetune.checks import judge
 from edgetune.checks.answers import compare_export
 from edgetune.checks.tokens import token_faults
@@ -20,6 +19,7 @@ from edgetune.evaluate import speed
 from edgetune.examples import Example, examined_set, examples, has_labels
 from edgetune.generation import Answer
 from edgetune.memory import release_memory
+from edgetune.onnx_backend import OnnxBackend
 from edgetune.project import Project
 from edgetune.schema import Workflow
 from edgetune.source import Edit, JsonSource, write_edits

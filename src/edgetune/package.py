@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import adapters, report, workflow
-from edgetune.backends import GENAI_CONFIG
 from edgetune.base_model import DOCUMENTS
 from edgetune.contract import Template
 from edgetune.errors import Problem, failure, refuse
+from edgetune.onnx_backend import GENAI_CONFIG
 from edgetune.pages import render
 from edgetune.stages import Job, partial_folder, publish, read_json, read_manifest, recover, run_lock, sha256
 

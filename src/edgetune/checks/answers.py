@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgetune.backends import OnnxBackend, TorchBackend, exported_from, open_backend
+from edgetune.backends import exported_from, open_backend
 from edgetune.examples import Example
 from edgetune.generation import Answer, Backend, Sampling
 from edgetune.memory import release_memory
+from edgetune.onnx_backend import OnnxBackend
 from edgetune.scores import completion_loss, divergence, log_probabilities, loss_of
 from edgetune.stages import Job
+from edgetune.torch_backend import TorchBackend
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

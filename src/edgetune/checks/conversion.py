@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import adapters
-from edgetune.backends import OnnxBackend, torch_backend
 from edgetune.base_model import trusts_code
 from edgetune.export import run_builder
 from edgetune.merge import Adapter
+from edgetune.onnx_backend import OnnxBackend
 from edgetune.stages import Job, write_json
 from edgetune.tensors import Tensor, read_folder
+from edgetune.torch_backend import open_model
 
 _WEIGHTS = "model.safetensors"
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -55,7 +56,7 @@ def compare_conversion(job: Job, model: Path, work: Path) -> ConversionFindings:
     run_builder(job, prefix, exported, "fp32", {})
     if adapters.is_beside(job):
         _put_beside(exported, prefix, Adapter(job.project.stage_folder("train")))
-    reference, converted = torch_backend(job, prefix, "float32"), OnnxBackend(exported)
+    reference, converted = open_model(job, prefix, "float32"), OnnxBackend(exported)
     config = json.loads((prefix / "config.json").read_text(encoding="utf-8"))
     difference, same, positions, texts = 0.0, 0, 0, _texts(config, job.workflow.builder.search.get("max_length"))
     for ids, start in texts:

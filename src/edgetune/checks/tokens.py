@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
-from edgetune.backends import GENAI_CONFIG, exported_end_ids
 from edgetune.base_model import trusts_code
 from edgetune.examples import Example
+from edgetune.onnx_backend import GENAI_CONFIG, exported_end_ids
 from edgetune.prompt import Encoder, end_token_ids, load_tokenizer
 from edgetune.stages import Job
 
