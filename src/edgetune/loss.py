@@ -4,8 +4,9 @@ The decoder runs over the whole rows, the output layer over a few positions at a
 its output layer is taken from its configuration and compared with the model's own logits before training begins.
 """
 
+import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgetune.batches import IGNORED
 
@@ -16,6 +17,14 @@ LOGITS_BYTES = 64_000_000
 """Of logits in float32 that are there at a time; cross entropy takes three times as much."""
 _PROBE = 12  # tokens
 _HEAD_ERROR, _PADDING_ERROR = 1e-3, 0.05  # shares of the largest value; the same sums in another order, in bfloat16
+
+
+class _Parts(NamedTuple):
+    """A model cut before its output layer."""
+
+    decoder: Any
+    logits: "Callable[[torch.Tensor], torch.Tensor]"
+    """From hidden states to logits."""
 
 
 class CompletionLoss:
@@ -79,26 +88,27 @@ class CompletionLoss:
         if self.parts is None:
             states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         else:
-            states = self.parts[0](input_ids=batch["input_ids"]).last_hidden_state
+            states = self.parts.decoder(input_ids=batch["input_ids"]).last_hidden_state
         return states[learned], batch["labels"][learned]
 
     def _losses(self, states: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         from torch.nn.functional import cross_entropy
 
-        logits = states if self.parts is None else self.parts[1](states)
+        logits = states if self.parts is None else self.parts.logits(states)
         return cross_entropy(logits.float(), targets, reduction="none", label_smoothing=self.smoothing)
 
 
-def _parts(model: Any) -> tuple[Any, Callable[["torch.Tensor"], "torch.Tensor"]] | None:
-    """Return the decoder and the function from its hidden states to logits; None where they do not give the model's."""
+def _parts(model: Any) -> _Parts | None:
+    """Return the parts of a model; None where they do not give the model's own logits."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     training = model.training
     model.eval()
     try:
         decoder = causal.get_decoder()
         logits = _after_output_layer(causal.config, causal.get_output_embeddings())
-        return (decoder, logits) if decoder is not causal and _agree(model, decoder, logits) else None
+        return _Parts(decoder, logits) if decoder is not causal and _agree(model, decoder, logits) else None
     except Exception:  # noqa: BLE001 - code of its own that is built otherwise can raise anything
+        traceback.print_exc()  # into the step's log
         return None
     finally:
         model.train(training)
