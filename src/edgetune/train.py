@@ -5,8 +5,7 @@ interrupted run continues from its last whole checkpoint.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from edgetune.schema import QLoRA
 from edgetune.stages import Hashes, Job, Stage, is_intact, published, read_json, read_manifest, write_json
 from edgetune.tensors import read_folder
 from edgetune.trainer import make_trainer
+from edgetune.training_arguments import argument_errors, check_best_checkpoint, training_arguments
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 """The subfolder for what an interrupted training continues from; removed when the adapter is complete."""
 _SETTINGS = "settings.json"  # in it
-_SAVES_PER_RUN = 10
-_LOGGING_STEPS = 500  # of transformers, which evaluates as often unless told otherwise
 
 
 def inputs(job: Job) -> dict[str, Any]:
@@ -75,7 +73,7 @@ _ONLY_TIME_AND_LOGS = {
 def build(job: Job, folder: Path) -> dict[str, Any]:
     """Train and save the adapter into ``folder``. Raises EdgetuneError for a configuration that cannot work."""
     check_target_modules(job)
-    _check_best_checkpoint(job)
+    check_best_checkpoint(job)
     trackers.check(job)
     settings = _as_begun(folder / CHECKPOINTS / _SETTINGS, preflight.chosen(job))
     return job.processes.train(job, folder, settings) if job.processes else fit(job, folder, settings)
@@ -105,7 +103,7 @@ def _fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | Non
     _set_threads(team)
     if leads:
         trackers.prepare(job)
-    arguments = _training_arguments(job, folder / CHECKPOINTS, settings, leads=leads)
+    arguments = training_arguments(job, folder / CHECKPOINTS, settings, leads=leads)
     if team:
         job.progress.say(f"{team.size} processes, {team.here} of them on this machine, share the rows of a step")
     transformers.set_seed(arguments.seed)  # LoRA's own initialisation draws from it
@@ -117,7 +115,7 @@ def _fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | Non
     loss = CompletionLoss(model, smoothing=arguments.label_smoothing_factor, plain=arguments.torch_compile)
     if loss.parts is None:
         job.progress.say("logits are computed at all positions, which takes more time and memory")
-    with _argument_errors(job):
+    with argument_errors(job):
         trainer = make_trainer(job, model, arguments, loss, team)
         trainer.create_optimizer()
     if job.workflow.eval_data is None:
@@ -214,87 +212,6 @@ def _set_threads(team: "Team | None") -> None:
         torch.set_num_threads(max(min(machine.physical_cores(), machine.cores()) // team.here, 1))
     else:
         torch.set_num_threads(min(torch.get_num_threads(), machine.cores()))
-
-
-def _training_arguments(job: Job, output: Path, settings: preflight.Settings, *, leads: bool) -> Any:
-    """Make transformers' TrainingArguments: the file's values, Olive's defaults, and what the runtime owns.
-
-    A process that does not lead neither saves nor reports.
-    """
-    from transformers import TrainingArguments
-
-    given = fine_tuning(job).training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
-    given.setdefault("eval_strategy", "steps" if job.workflow.eval_data else "no")
-    if job.workflow.eval_data is None:
-        given["eval_strategy"] = "no"
-    if given.get("load_best_model_at_end"):
-        given |= _save_when_evaluated(given)
-    # Checkpoints are for resuming after an interruption: a share of the run, whatever its length.
-    given.setdefault("save_steps", 1 / _SAVES_PER_RUN)
-    given.setdefault("save_total_limit", 2)
-    given["gradient_checkpointing"] = settings.gradient_checkpointing
-    if isinstance(fine_tuning(job), QLoRA) and device() == "cuda":
-        given.setdefault("optim", "paged_adamw_32bit")  # Olive's default; there is none for a CPU
-    given.setdefault("run_name", trackers.run_name(job))
-    given.setdefault("project", job.project.root.name)
-    given.setdefault("dataloader_pin_memory", False)
-    if not given.get("dataloader_drop_last"):
-        # The rows of an optimiser step together: they are the same ones, and can be cut where it is best.
-        given["per_device_train_batch_size"] *= given["gradient_accumulation_steps"]
-        given["gradient_accumulation_steps"] = 1
-    if not leads:
-        given |= {"report_to": "none", "save_strategy": "no", "load_best_model_at_end": False}
-    with _argument_errors(job):
-        arguments = TrainingArguments(
-            output_dir=str(output),
-            use_cpu=device() == "cpu",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            **given,
-        )
-    if arguments.world_size > 1:
-        hint = "torchrun can start `edgetune train` and `edgetune finetune`; other commands and launchers cannot"
-        raise failure("training was started in several processes", hint=hint)
-    # With several GPUs in sight, transformers would split every micro-batch over them (DataParallel); there is no
-    # argument against it.
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001
-    return arguments
-
-
-def _check_best_checkpoint(job: Job) -> None:
-    """Raise EdgetuneError when nothing could tell which checkpoint is the best."""
-    given = fine_tuning(job).training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
-    if not given.get("load_best_model_at_end"):
-        return
-    problem = None
-    if job.workflow.eval_data is None:
-        hint = "`edgetune data --write-split 0.1` sets some rows aside; name them in eval_data_config"
-        problem = "load_best_model_at_end", "there are no evaluation data to tell which is best", hint
-    elif given.get("eval_strategy") == "no":
-        problem = "load_best_model_at_end", "nothing is evaluated", 'set eval_strategy to "epoch" or "steps"'
-    elif given.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
-        problem = "metric_for_best_model", "training measures the loss only", 'write "loss"'
-    if problem:
-        key, what, hint = problem
-        raise failure(f"{key}: {what}", where=job.workflow.where_in_tuning("training_args", key), hint=hint)
-
-
-def _save_when_evaluated(given: dict[str, Any]) -> dict[str, Any]:
-    """Return when to save so that the best checkpoint can be gone back to, unless the file says when."""
-    steps = given.get("eval_steps", given.get("logging_steps", _LOGGING_STEPS))
-    return {"save_strategy": given["eval_strategy"], "save_steps": steps} | given
-
-
-@contextmanager
-def _argument_errors(job: Job) -> Iterator[None]:
-    """Turn what transformers says of an unusable training argument into an error with its place."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        where = job.workflow.where_in_tuning("training_args")
-        raise failure(
-            f"training_args: {first_line(error)}", where=where, hint="correct the argument or remove it"
-        ) from error
 
 
 def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
