@@ -163,7 +163,7 @@ class Team:
 
     @contextmanager
     def joined(self, device: str) -> Iterator[None]:
-        """Have the collectives below ready meanwhile. Raises EdgetuneError when a process has no GPU of its own."""
+        """Have the collectives below ready in the block. Raises EdgetuneError when a process has no GPU of its own."""
         from torch import distributed
 
         with _in_touch():

@@ -24,7 +24,7 @@ FRAGMENTS = {"LoRA": 1.4, "DoRA": 1.4, "QLoRA": 2.2, "none": 1.0}
 QLoRA makes and drops a float copy of every matrix on the way.
 """
 LOGIT_COPIES = 3
-"""Of a chunk of logits in float32: the probabilities, and two gradients (cross entropy's and the softmax's)."""
+"""What a chunk of logits takes in float32: the probabilities, and two gradients (cross entropy's and softmax's)."""
 TRAINED_BYTES = 16
 """Per parameter of the adapter: value, gradient, and Adam's two moments, in float32."""
 NF4_BYTES = 0.5 + 4 / 64
@@ -62,7 +62,7 @@ class Shape:
     tied: bool
     """Whether the output layer is the embedding."""
     dtype: str
-    """Of the published weights."""
+    """The type of the published weights."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape | None":
@@ -140,13 +140,13 @@ class Plan:
     longest: int = 1
     """Tokens of the longest row of the training data."""
     processes: int = 1
-    """That train on this machine, each with a share of the batch."""
+    """How many processes train on this machine, each with a share of the batch."""
     rows: int = 0
-    """Of the training data; 0: not known."""
+    """Rows of the training data; 0: not known."""
     tokens: int = 0
-    """That training reads in all, over all epochs."""
+    """Tokens that training reads in all epochs together."""
     learned: int = 0
-    """Of these."""
+    """How many of these tokens the loss is taken on."""
     precision: str = "int4"
     block: int = 32
     """Weights that share a scale in int4."""
@@ -192,8 +192,8 @@ def train_memory(plan: Plan) -> float:
     """Return the peak of training: the start of the backward pass through a micro-batch, or loading the weights.
 
     With gradient checkpointing a layer keeps its input only; one layer at a time is computed again. Weights of the
-    dtype they are published in are used as they lie in the file; for another one they are there twice for a while.
-    Evaluation keeps nothing and needs less. Every process has all of it.
+    dtype they are published in are used as they lie in the file; for another one they are there twice while they are
+    cast. Evaluation keeps nothing and needs less. Every process has all of it.
     """
     shape, size = plan.shape, SIZE[plan.dtype]
     rows = -(-plan.batch * plan.accumulation // plan.processes)

@@ -45,6 +45,7 @@ class Wanted:
     max_drop: float | None = None
     """Points of accuracy for labels, per cent of perplexity otherwise; None: what ``edgetune verify`` lets through."""
     max_ms_per_token: float | None = None
+    """Milliseconds for each token of an answer; None: any."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class Measured:
     settings: dict[str, Any]
     bytes: int
     ms_per_token: float
+    """Milliseconds for each token of an answer."""
     numbers: dict[str, Any]
-    """Of verification's quantisation check: accuracy or perplexity, agreement, divergence."""
+    """What verification's quantisation check counted: accuracy or perplexity, agreement, divergence."""
     faults: list[str]
-    """Why it does not hold."""
+    """Why it does not hold; empty when it does."""
 
 
 def rungs(job: Job) -> Iterator[Rung]:
@@ -163,7 +165,7 @@ class _Trials:
     work: Path
     wanted: Wanted
     merged_answers: list[Answer] | None = None
-    """The same for every rung."""
+    """What the model before the export says, which is the same for every rung."""
 
     def measure(self, job: Job, rung: Rung) -> Measured:
         """Export as the job's workflow says, and examine the model."""

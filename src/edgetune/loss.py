@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 LOGITS_BYTES = 64_000_000
-"""Of logits in float32 that are there at a time; cross entropy takes three times as much."""
+"""How much of the logits, in float32, is there at a time; cross entropy takes three times as much."""
 _PROBE = 12  # tokens
 _HEAD_ERROR, _PADDING_ERROR = 1e-3, 0.05  # shares of the largest value; the same sums in another order, in bfloat16
 

@@ -57,8 +57,8 @@ def write_merged(
 ) -> Iterator[tuple[Path, str]]:
     """Write the merged weights, and yield each file with its sha256.
 
-    ``report`` is told how many bytes of how many are made. Raises EdgetuneError when torch is missing, or bitsandbytes
-    for QLoRA.
+    ``report`` gets the bytes that are written, and all there will be. Raises EdgetuneError when torch is missing, or
+    bitsandbytes for QLoRA.
     """
     try:
         import torch  # noqa: F401 - for a word before anything is written

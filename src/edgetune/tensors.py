@@ -34,18 +34,19 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies."""
+    """A tensor of a file: its type and shape, and where its bytes lie."""
 
     path: Path
     dtype: str
-    """As the format spells it."""
+    """The type as the format spells it, such as ``BF16``."""
     shape: tuple[int, ...]
     start: int
+    """Where its bytes begin in the file."""
     end: int
-    """Its bytes in the file."""
+    """Where they end."""
 
     def slices(self) -> Iterator[slice]:
-        """Yield the rows in turn, so many at a time as are worked on at once."""
+        """Yield the rows in turn, as many at a time as are worked on at once."""
         count = self.shape[0] if self.shape else 1
         step = max(1, _SLICE_ELEMENTS // max(1, math.prod(self.shape[1:])) // _ROWS) * _ROWS
         for first in range(0, count, step):

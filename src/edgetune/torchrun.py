@@ -22,7 +22,7 @@ _TORCHRUN = ("-m", "torch.distributed.run")
 
 @dataclass(frozen=True)
 class Torchrun:
-    """Training is done by so many processes on this machine; everything else by this one, which waits for them."""
+    """Training is done by ``here`` processes on this machine; all else by this one, which waits for them."""
 
     here: int
 

@@ -82,7 +82,7 @@ def build(job: Job, folder: Path) -> dict[str, Any]:
 def fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | None" = None) -> dict[str, Any]:
     """Train as the only process, or as one of a team, whose first one saves the adapter and returns the metrics.
 
-    The others write into ``folder`` what they need for a while. Raises EdgetuneError.
+    The others keep in ``folder`` what they need while they train. Raises EdgetuneError.
     """
     job.progress.advance(0, 1, "loading torch and the base model")
     try:

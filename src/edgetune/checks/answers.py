@@ -58,16 +58,16 @@ class ExportFindings:
     """The exported model against the one it was made from, on the same examples."""
 
     merged_loss: list[float] = field(default_factory=list)
-    """In nats for a token, for each example."""
+    """The mean loss of a token in nats, for each example."""
     onnx_loss: list[float] = field(default_factory=list)
     merged_total: float = 0.0
-    """In nats, over all tokens."""
+    """The loss in nats, summed over all tokens."""
     onnx_total: float = 0.0
     tokens: int = 0
     same_top: int = 0
     """Tokens of completions for which both find the same one most likely."""
     divergence: float = 0.0
-    """Summed over the tokens, in nats."""
+    """The Kullback-Leibler divergence in nats, summed over the tokens."""
     adapter_distance: float = 0.0
     """Largest difference of a logit between adapter and merged, as a share of the largest logit."""
     asked: list[Example] = field(default_factory=list)
