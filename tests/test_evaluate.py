@@ -12,12 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Sandbox
+from edgetune import config
+from edgetune.dataset import EVAL
 from edgetune.errors import EdgetuneError, failure
 from edgetune.evaluate import speed
-from edgetune.examples import Example
+from edgetune.examples import Example, examples
+from edgetune.metrics import summarise
 from edgetune.onnx_backend import OnnxBackend
 from edgetune.processes import in_process
+from edgetune.project import Project
 from edgetune.scores import compare_hits, compare_losses
+from edgetune.stages import Job
 
 BACKENDS = ["base", "adapter", "merged", "onnx"]
 
@@ -75,6 +80,28 @@ def test_numbers_follow_from_the_answers(evaluated: Sandbox) -> None:
         if (one == label) != (other == label)
     }
     assert {row["where"] for row in found["flipped"]} == flipped
+
+
+def test_an_adapter_that_is_not_merged_is_compared_with_the_export(project: Sandbox) -> None:
+    """Beside an adapter, what the export costs is told against the adapter, as it is against a merged model."""
+    project.edit(
+        lambda content: [
+            content["passes"].pop(n) for n, p in [*content["passes"].items()] if p["type"].startswith("Merge")
+        ]
+    )
+    place = Project(project.root)
+    job = Job.start(place, config.load(place))
+    asked = examples(job, EVAL, 4)
+    lines: list[dict[str, Any]] = [
+        {"number": number, "text": example.expected, "stop_reason": "stop", "loss": 1.0, "learned": example.learned}
+        for number, example in enumerate(asked)
+    ]
+    answered = {name: [*lines, {"speed": {}}] for name in ("base", "adapter", "onnx")}
+
+    found = summarise(job, asked, answered, dict.fromkeys(answered, project.root))
+
+    pairs = [(entry["from"], entry["to"]) for entry in found["comparisons"]]
+    assert pairs == [("base", "adapter"), ("base", "onnx"), ("adapter", "onnx")]
 
 
 def test_no_speed_where_there_is_no_room_for_an_answer(evaluated: Sandbox) -> None:
