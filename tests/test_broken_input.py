@@ -156,6 +156,21 @@ def test_key_given_twice(project: Sandbox) -> None:
     assert f"error: fine-tuning/olive-config.json:{line}: the key 'r' appears twice" in result.stderr
 
 
+def test_key_given_twice_in_a_row(fresh: Sandbox) -> None:
+    """A row with a key that stands twice, at any depth, is bad: readers keep only the last one, silently."""
+    path = fresh.root / "datasets/train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[4] = '{"phrase": "so glad", "tone": "joy", "tone": "fear"}'
+    path.write_text("\n".join(lines))
+    (fresh.root / "datasets/eval.jsonl").write_text('[\n{"phrase": "a", "tone": "joy", "more": {"b": 1, "b": 2}}]')
+
+    result = fresh.run("data")
+
+    assert result.returncode == 1
+    assert "error: datasets/train.jsonl:5: the key 'tone' appears twice\nhint: remove one of the two" in result.stderr
+    assert "error: datasets/eval.jsonl:2 (row 1): the key 'b' appears twice" in result.stderr
+
+
 def test_several_config_problems_are_told_at_once(project: Sandbox) -> None:
     """Two mistakes are two errors in one run."""
     project.edit(lambda c: (c["passes"]["lora"].update(r=0), c["passes"]["builder"].update(block=1)))

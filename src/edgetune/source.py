@@ -3,6 +3,7 @@
 import json
 import shutil
 from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ _CONFLICT = "<" * 7
 _DECIDE = "left open by an update or a merge: decide between the two versions, and delete the marks"
 
 
-def parse(text: str) -> Any:
+def parse(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
     """Parse JSON. Raises ValueError (JSONDecodeError where it has a position) for all that is not usable text."""
     try:
-        value = json.loads(text)
+        value = decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if "\\ud" in text or "\\uD" in text:

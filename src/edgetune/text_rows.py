@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgetune.data_schema import LoadDataset
 from edgetune.errors import Problem
@@ -27,6 +27,22 @@ _REST = "correct this place: what follows was not read"
 
 
 # ---------------------------------------------------------------- JSON
+
+
+class _RepeatedKeyError(ValueError):
+    """A key stands twice in one object."""
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(members)
+    if len(values) < len(members):
+        keys = [key for key, _ in members]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"the key {repeated!r} appears twice")
+    return values
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode  # made once: json.loads would make one for each row
 
 
 def json_rows(path: Path, name: str, encoding: str = "utf-8") -> Iterator[Row]:
@@ -52,7 +68,9 @@ def _json_row(text: str, place: Place, foreign: "_Foreign | None") -> Row:
     if foreign and not is_decoded(text):
         return Row(text, place, foreign.problem)
     try:
-        return Row(parse(text), place)
+        return Row(parse(text, _decode), place)
+    except _RepeatedKeyError as error:
+        return Row(text, place, Problem(str(error), hint="remove one of the two: readers keep only the last"))
     except ValueError as error:
         return Row(text, place, Problem(f"not valid JSON: {error}", hint="every line must be one JSON object"))
 
