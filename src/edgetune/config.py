@@ -103,14 +103,18 @@ def check(source: JsonSource, project: Project) -> Workflow:
         workflow = Workflow.model_validate(_known(source.data) if project.olive else source.data).located(source)
     except ValidationError as error:
         problems += [_explain(details, source) for details in error.errors()]
-        raise EdgetuneError(problems) from None
+        raise EdgetuneError(_in_order(problems)) from None
     order = _check_order_for_olive(workflow) if project.olive else _check_passes(workflow)
     problems += order or _check_references(workflow)
     if not problems:
         problems += _check_meaning(workflow, project)
-    if problems:
-        raise EdgetuneError(problems)
+    refuse(_in_order(problems))
     return workflow
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """Return the problems of a file in the order of its lines."""
+    return sorted(problems, key=lambda problem: int(problem.where.rpartition(":")[2]))
 
 
 def load_for_olive(project: Project) -> Workflow:
