@@ -178,6 +178,41 @@ def test_several_config_problems_are_told_at_once(project: Sandbox) -> None:
     assert project.run("status").stderr.count("error: ") == 2
 
 
+def test_config_problems_come_in_the_order_of_lines(fresh: Sandbox) -> None:
+    """Whoever mends a file goes through it once, from its top to its end."""
+    builder = {"type": "ModelBuilder", "precision": "fp32", "use_qdq": True, "int4_block_size": 32}
+    fresh.edit(lambda c: (c["passes"].update(builder=builder), c["input_model"].update(model_path="/phi")))
+
+    lines = [
+        int(line) for line in re.findall(r"error: fine-tuning/olive-config.json:(\d+): ", fresh.run("status").stderr)
+    ]
+
+    assert lines == [line_of(fresh.config, key) for key in ("model_path", "use_qdq", "int4_block_size")]
+
+
+def test_missing_calibration_data(fresh: Sandbox) -> None:
+    """Rows that only a pass after the training looks at are asked for before anything is done."""
+    name = "../datasets/calibration.jsonl"
+
+    def calibrate(content: Any) -> None:
+        [train, _] = content["data_configs"]
+        load = train["load_dataset_config"] | {"data_files": name}
+        content["data_configs"].append(train | {"name": "calibration_data", "load_dataset_config": load})
+        builder = content["passes"].pop("builder")
+        content["passes"] |= {"gptq": {"type": "Gptq", "data_config": "calibration_data"}, "builder": builder}
+
+    fresh.edit(calibrate)
+    place = f"fine-tuning/olive-config.json:{line_of(fresh.config, name)}"
+
+    result = fresh.run("finetune")
+
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        f"error: {place}: the data file datasets/calibration.jsonl does not exist\nhint: put"
+    )
+    assert not (fresh.root / "model-cache/edgetune").exists()
+
+
 def test_target_module_that_matches_nothing(project: Sandbox) -> None:
     """A misspelt layer name is refused before any weights are loaded, with the names there are."""
     project.edit(lambda c: c["passes"]["lora"].update(target_modules=["q_proj", "o_proj"]))

@@ -9,7 +9,7 @@ import mmap
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 from edgetune.contract import Conversation
 from edgetune.data_schema import DataConfig, LoadDataset
 from edgetune.download import digests
-from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune.errors import EdgetuneError, Problem, failure, refuse
 from edgetune.hub import load_dotenv
 from edgetune.prompt import Encoder, Sample
 from edgetune.row import Row, as_json
@@ -90,14 +90,34 @@ def _from_hub(job: Job, config: DataConfig, rows: Callable[[], Iterator[Row]]) -
 
 
 def inputs(job: Job) -> dict[str, Any]:
-    """Return what the token ids depend on. Raises EdgetuneError when a data file is missing."""
+    """Return what the token ids depend on.
+
+    Raises EdgetuneError when a data file is missing, also one that only a later step looks at: it would have to wait
+    for the training to say so.
+    """
+    workflow = job.workflow
+    used = [*data_sets(job).values(), *workflow.calibration_data]
+    _check_files(job, [config for config in workflow.data_configs if config in used])
     return content(job, data_sets(job)) | {"tokenizer": digests(job, weights=False)}
 
 
 def content(job: Job, configs: dict[str, DataConfig]) -> dict[str, Any]:
     """Return what the rows of data sets and their text depend on. Raises EdgetuneError when a data file is missing."""
-    files = {role: files_of(config.load_dataset_config, job.project.config_folder) for role, config in configs.items()}
-    problems = [
+    _check_files(job, configs.values())
+    return {
+        "files": {
+            role: []
+            if config.load_dataset_config.is_hub
+            else [job.hashes[path] for path in files_of(config.load_dataset_config, job.project.config_folder)]
+            for role, config in configs.items()
+        },
+        "config": {role: _dump(config) for role, config in configs.items()},
+    }
+
+
+def _check_files(job: Job, configs: Iterable[DataConfig]) -> None:
+    """Raise EdgetuneError when a data file is missing."""
+    refuse(
         Problem(
             f"the data file {job.project.name(path)} {'is a folder' if path.is_dir() else 'does not exist'}",
             job.workflow.where_in_data(config, "load_dataset_config", "data_files"),
@@ -105,19 +125,11 @@ def content(job: Job, configs: dict[str, DataConfig]) -> dict[str, Any]:
             if path.is_dir()
             else f"put it there, or correct data_files of {config.name!r}",
         )
-        for role, config in configs.items()
-        for path in files[role]
-        if not path.is_file() and not config.load_dataset_config.is_hub
-    ]
-    if problems:
-        raise EdgetuneError(problems)
-    return {
-        "files": {
-            role: [] if config.load_dataset_config.is_hub else [job.hashes[path] for path in files[role]]
-            for role, config in configs.items()
-        },
-        "config": {role: _dump(config) for role, config in configs.items()},
-    }
+        for config in configs
+        if not config.load_dataset_config.is_hub
+        for path in files_of(config.load_dataset_config, job.project.config_folder)
+        if not path.is_file()
+    )
 
 
 def _dump(config: DataConfig) -> dict[str, Any]:
