@@ -537,6 +537,19 @@ def test_messages_of_the_wrong_form(row: Any, message: str) -> None:
     assert fault.message.startswith(message)
 
 
+def test_tools_beside_a_chat_are_not_passed_over(fresh: Sandbox) -> None:
+    """A chat template would write ``tools`` into the prompt; edgetune does not, and says so. Empty ones do no harm."""
+    fresh.edit(edit_messages)
+    rows = [talk("hello", "hi") | {"tools": tools} for tools in (None, [], "[]", [{"name": "search"}])]
+    use(fresh, "train.jsonl", lines(rows))
+
+    result = fresh.run("data")
+
+    assert result.returncode == 1
+    assert "datasets/train.jsonl:4: the column 'tools' is not written into chats here\nhint: remove" in result.stderr
+    assert "train.jsonl:3" not in result.stderr
+
+
 def talk(*texts: str, system: str = "") -> dict[str, Any]:
     """Make a conversation, user first."""
     messages = [{"role": "system", "content": system}] if system else []

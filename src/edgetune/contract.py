@@ -206,6 +206,10 @@ def shows(text: str) -> bool:
     return bool(text.strip()) and (text.isascii() or any(c.isprintable() and not c.isspace() for c in text))
 
 
+_BESIDE_MESSAGES = ("tools", "documents")
+"""What transformers hands to a chat template beside the messages, out of columns with these names. Not so here."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Rows with a list of messages in one column, written in the chat template of the model or in the given one."""
@@ -224,7 +228,7 @@ class Conversation:
         return (self.column,)
 
     def faults(self, values: Any, *, asking: bool = False) -> list[Problem]:
-        """Check the form of every message, the order of roles, and that there is something to learn."""
+        """Check the form and order of messages, that there is something to learn, and that nothing is left out."""
         if not isinstance(values, dict):
             return [Problem("the row is not a JSON object", hint=f'write it as {{"{self.column}": […]}}')]
         messages = values.get(self.column)
@@ -237,6 +241,11 @@ class Conversation:
             Problem(f"message {number} {fault}", hint=hint)
             for number, message in enumerate(messages, start=1)
             if (fault := _message_fault(message))
+        ]
+        faults += [
+            Problem(f"the column {name!r} is not written into chats here", hint="remove it, or rows that need it")
+            for name in _BESIDE_MESSAGES
+            if name != self.column and values.get(name) not in (None, "", "[]", [], {})
         ]
         return faults or _order_faults([message["role"] for message in messages], asking=asking)
 
