@@ -332,7 +332,8 @@ def test_adapters_that_do_not_belong(apart: Sandbox, tmp_path: Path) -> None:
     assert "was changed or removed" in refusal("adapters", "--add", str(other.root))
     reseal(path.parent)
     assert "which the exported model has no input for" in refusal("adapters", "--add", str(other.root))
-    assert "cannot be called 'default'" in refusal("adapters", "--add", str(other.root), "--name", "default")
+    for name in ("default", "../x", "/x", "a\\b", ".."):
+        assert f"cannot be called {name!r}" in refusal("adapters", "--add", str(other.root), "--name", name)
     shutil.rmtree(other.root / "gen-model/adapter")
     assert "no trained adapter" in refusal("adapters", "--add", str(other.root))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import Sandbox
+from edgetune.stages import read_manifest
 
 
 def line_of(path: Path, text: str, occurrence: int = 1) -> int:
@@ -211,6 +212,52 @@ def test_missing_calibration_data(fresh: Sandbox) -> None:
         f"error: {place}: the data file datasets/calibration.jsonl does not exist\nhint: put"
     )
     assert not (fresh.root / "model-cache/edgetune").exists()
+
+
+def load_from(name: str) -> Callable[[Any], None]:
+    """Return an edit that takes the training data from the Hub."""
+    return lambda c: c["data_configs"][0].update(load_dataset_config={"data_name": name, "split": "train"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "value", "message"),
+    [
+        (lambda c: c["input_model"].update(model_path="../model-cache/../../x"), "../../x", "model_path must be"),
+        (lambda c: c["input_model"].update(model_path="../model-cache/a/../../../b/c"), "b/c", "model_path must be"),
+        (lambda c: c["input_model"].update(model_path="/model-cache/a/b"), "/model-cache/a/b", "model_path must be"),
+        (lambda c: c["input_model"].update(model_path="../model-cache/a/..\\b"), "cache/a/..", "model_path must be"),
+        (lambda c: c["input_model"].update(model_path="../model-cache/a/b\0"), "model-cache/a/b", "model_path must be"),
+        (
+            lambda c: c["data_configs"][0].update(name="../../x"),
+            '"../../x"',
+            "data_configs.0.name: a data set is named with letters",
+        ),
+        (load_from("a/.."), '"a/.."', "data_configs.0.load_dataset_config.data_name: neither a format"),
+        (load_from("../a"), '"../a"', "data_configs.0.load_dataset_config.data_name: neither a format"),
+        (load_from("/a"), '"/a"', "data_configs.0.load_dataset_config.data_name: neither a format"),
+        (
+            lambda c: c.update(passes={"../../x": {"type": "OnnxPeepholeOptimizer"}} | c["passes"]),
+            '"../../x"',
+            "the pass is called '../../x'",
+        ),
+    ],
+)
+def test_name_that_leads_elsewhere(fresh: Sandbox, edit: Callable[[Any], object], value: str, message: str) -> None:
+    """Names of models, data sets and passes become names of folders and files: none leads out of the project's."""
+    fresh.edit(edit)
+
+    result = fresh.run("finetune", "--smoke")
+
+    assert result.returncode == 1
+    assert f"error: fine-tuning/olive-config.json:{line_of(fresh.config, value)}: {message}" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..\\x", "C:x", ""])
+def test_manifest_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
+    """What lists files outside of its folder is no manifest: results may come from somebody else."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"key": "k", "outputs": {"a/b": {}, name: {}}}))
+
+    assert read_manifest(tmp_path) is None
 
 
 def test_target_module_that_matches_nothing(project: Sandbox) -> None:

@@ -617,11 +617,73 @@ def test_model_is_copied_from_a_folder(hub_project: Sandbox, tmp_path: Path) -> 
 
 def test_damaged_lock_is_told(fresh: Sandbox) -> None:
     """A lock file that is no lock file is an error with a remedy."""
-    for text in ("{", "[]", '{"edgetune/tiny-phi3": 3}', '{"edgetune/tiny-phi3": {"files": {"a": 3}}}'):
+    model = '{"edgetune/tiny-phi3": {"source": "local", "revision": null,\n"files": {"a": 3}}}'
+    for text, line in (("{", ""), ("[]", ":1"), ('{\n"edgetune/tiny-phi3": 3}', ":2"), (model, ":2")):
         (fresh.root / "setup/model.lock.json").write_text(text)
         result = fresh.run("download")
         assert result.returncode == 1
-        assert "error: setup/model.lock.json: the lock file is damaged" in result.stderr
+        assert f"error: setup/model.lock.json{line}: the lock file is damaged" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "/x", "a/../../x", "..\\x", "C:x"])
+def test_lock_that_leads_out_of_the_models_folder(fresh: Sandbox, name: str) -> None:
+    """Files in the lock are names without a folder; any other is told with its line, and nothing is touched."""
+    assert fresh.run("download").returncode == 0
+    lock = lock_of(fresh)
+    files = lock["edgetune/tiny-phi3"]["files"]
+    files[name] = files["config.json"]
+    path = fresh.root / "setup/model.lock.json"
+    path.write_text(json.dumps(lock, indent=2))
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), start=1) if json.dumps(name) in text)
+    before = sorted(fresh.root.parent.rglob("*"))
+
+    result = fresh.run("download", "--update-lock")
+
+    assert result.returncode == 1
+    assert f"error: setup/model.lock.json:{line}: the lock file is damaged\nhint: take it" in result.stderr
+    assert sorted(fresh.root.parent.rglob("*")) == before
+
+
+def test_repository_with_names_that_lead_elsewhere(hub_project: Sandbox, fetch: Fetch, hub: HubServer) -> None:
+    """Of what a repository lists, only files without a folder or drive are fetched, by the names they have."""
+    odd = ("../x.safetensors", "/x.safetensors", "a/../../x.safetensors", "..\\x.safetensors", "C:x.safetensors")
+    hub.files.update(dict.fromkeys(odd, b"elsewhere"))
+
+    assert fetch().returncode == 0
+
+    assert not [name for name in hub.seen() if name.endswith("x.safetensors")]
+    assert lock_of(hub_project)["acme/phi"]["files"].keys() <= TINY_FILES.keys()
+    assert not list(hub_project.root.parent.rglob("*x.safetensors"))
+
+
+def test_index_that_leads_out_of_the_models_folder(hub_project: Sandbox, fetch: Fetch, hub: HubServer) -> None:
+    """Weights are read from the model's own folder alone, whatever its index says."""
+    index = {"weight_map": {"lm_head.weight": "../x.safetensors"}}
+    hub.files.update({"model.safetensors.index.json": json.dumps(index).encode(), "../x.safetensors": b"elsewhere"})
+
+    result = fetch()
+
+    assert result.returncode == 1
+    assert "acme/phi has no ../x.safetensors" in result.stderr
+    assert not (hub_project.root / "model-cache/acme/phi").exists()
+
+
+def test_weights_that_are_links_are_read_and_never_written(hub_project: Sandbox, tmp_path: Path) -> None:
+    """A folder of links, as the Hub's cache has it, can be adopted; what replaces it leaves their targets alone."""
+    elsewhere, folder = tmp_path / "blobs", hub_project.root / "model-cache/acme/phi"
+    shutil.copytree(TINY, elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.iterdir()}
+    folder.mkdir(parents=True)
+    for path in elsewhere.iterdir():
+        (folder / path.name).symlink_to(path)
+    assert hub_project.run("download", env=NOWHERE).returncode == 0
+    assert lock_of(hub_project)["acme/phi"]["source"] == "local"
+
+    replaced = hub_project.run("download", "--update-lock", "--from", str(TINY))
+
+    assert replaced.returncode == 0, replaced.stderr
+    assert {path: path.read_bytes() for path in elsewhere.iterdir()} == before
+    assert not any(path.is_symlink() for path in folder.iterdir())
 
 
 def other_base(folder: Path) -> Path:

@@ -33,8 +33,8 @@ USED_FILES = (
 )
 """What a run can use of a repository. Weights in pickle form are not among it."""
 
-UNUSED_FILES = ("consolidated*", "*[/\\]*", "*.py")
-"""A second copy of the weights in another layout (Mistral), what lies in subfolders, and code."""
+UNUSED_FILES = ("consolidated*", "*[/\\:\0]*", "*.py")
+"""A second copy of the weights in another layout (Mistral), what lies elsewhere (``:`` is for drives), and code."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -47,7 +47,7 @@ def trusts_code(job: Job) -> bool:
 
 def is_used(name: str, *, code: bool) -> bool:
     """Tell whether a run can use a file of a repository; ``code``: whether that goes for Python files too."""
-    if code and re.fullmatch(r"[^/\\]+\.py", name):
+    if code and re.fullmatch(r"[^/\\:\0]+\.py", name):
         return True
     return matches(name, USED_FILES) and not matches(name, UNUSED_FILES)
 

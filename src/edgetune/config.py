@@ -363,10 +363,11 @@ def _check_export(workflow: Workflow) -> list[Problem]:
 
 
 def base_model_id(workflow: Workflow, project: Project) -> str:
-    """Return the Hub id of the base model: the path below ``model-cache/``; empty when it is no such path."""
+    """Return the Hub id of the base model: the path below ``model-cache/``; empty when it is no such path anywhere."""
     # normpath, not resolve: model-cache may be a link to a larger disk.
     path = Path(os.path.normpath(project.config_folder / workflow.input_model.model_path))
     if not path.is_relative_to(project.model_cache):
         return ""
     parts = path.relative_to(project.model_cache).parts
-    return "/".join(parts) if len(parts) == 2 else ""  # noqa: PLR2004
+    is_id = len(parts) == 2 and not re.search(r"[\\:\x00-\x1f]", "".join(parts))  # noqa: PLR2004
+    return "/".join(parts) if is_id else ""

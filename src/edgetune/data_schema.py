@@ -83,7 +83,7 @@ class LoadDataset(Strict):
             raise ValueError(f"there is no format {value!r}; for such files it is {_NOT_A_FORMAT[value]!r}{more}")
         if value not in FILE_FORMATS and value.lower() in FILE_FORMATS:
             raise ValueError(f"formats are written in small letters: {value.lower()!r}")
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", value):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", value):
             raise ValueError(f"neither a format ({', '.join(FILE_FORMATS)}) nor the id of a data set on the Hub")
         return value
 
@@ -171,6 +171,13 @@ class DataConfig(Strict):
     type: Literal["HuggingfaceContainer"]
     load_dataset_config: LoadDataset
     pre_process_data_config: PreProcess
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name_for_olive(cls, value: str) -> str:
+        if not re.fullmatch("[A-Za-z0-9_]+", value):
+            raise ValueError("a data set is named with letters, digits and _ only")
+        return value
 
     @property
     def contract(self) -> Contract:

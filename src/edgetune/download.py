@@ -4,6 +4,7 @@ Sources: the built-in model, the Hub, a local folder (``--from``), or files that
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +13,13 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from edgetune import base_model, hub, mlflow_folder
 from edgetune.errors import EdgetuneError, failure, refuse
 from edgetune.project import BUILTIN_MODELS
+from edgetune.source import JsonSource
 from edgetune.stages import Job, is_intact, partial_folder, publish, sha256, write_json
 
 _TEXT_FILES = ("tokenizer", "chat_template", "generation_config.json", "config.json")
 _CHUNK = 16 * 1024 * 1024  # bytes copied between two reports of progress
+
+_FILE_NAME = r"^[^/\\:\x00]*[^./\\:\x00][^/\\:\x00]*$"  # neither a path nor a drive, nor dots alone
 
 Source = Literal["built-in", "hub", "local"]
 
@@ -35,7 +39,7 @@ class LockEntry(BaseModel):
     """The commit."""
     requested: str | None = None
     """What the workflow file asked for when the commit was looked up: a branch or a tag moves, the lock does not."""
-    files: Annotated[dict[Annotated[str, Field(pattern=r"^[^/\\]+$")], LockedFile], Field(min_length=1)]
+    files: Annotated[dict[Annotated[str, Field(pattern=_FILE_NAME)], LockedFile], Field(min_length=1)]
 
     def as_outputs(self) -> dict[str, dict[str, Any]]:
         """Return the files as :func:`edgetune.stages.is_intact` takes them."""
@@ -225,10 +229,12 @@ def _read_lock(job: Job) -> dict[str, LockEntry]:
         return {}
     try:
         return _Lock.validate_json(path.read_bytes())
-    except ValidationError:
-        name = job.project.name(path)
+    except ValidationError as error:
+        where = name = job.project.name(path)
+        with suppress(EdgetuneError):  # it is no JSON
+            where = JsonSource(path, name).where(*error.errors()[0]["loc"])
         hint = "take it from version control again, or delete it and run `edgetune download`"
-        raise failure("the lock file is damaged", where=name, hint=hint) from None
+        raise failure("the lock file is damaged", where=where, hint=hint) from None
 
 
 def _write_lock(job: Job, lock: dict[str, LockEntry]) -> None:

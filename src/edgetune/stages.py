@@ -7,6 +7,7 @@ into place with ``manifest.json`` as the last file written: no manifest, no stag
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -172,9 +173,16 @@ def key_of(stage: str, format_number: int, inputs: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return a published folder's manifest, or None when there is none that can be read."""
+    """Return a published folder's manifest, or None when there is none that can be read, or that can be trusted."""
     content = read_json(folder / MANIFEST)
-    return content if content is not None and "key" in content and "outputs" in content else None
+    if content is None or not {"key", "outputs"} <= content.keys():
+        return None
+    return content if all(map(_is_inside, content["outputs"])) else None
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether the name of an output leads to a file below its folder: others may have written the manifest."""
+    return not ({"", ".", ".."} & set(re.split(r"[/\\]", name)) or re.search(r"[:\0]", name))
 
 
 def list_outputs(folder: Path, hashes: Hashes | None = None) -> dict[str, dict[str, Any]]:
