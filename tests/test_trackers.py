@@ -1,5 +1,6 @@
 """Experiment trackers: what is said when one is missing or unknown, and where they are sent."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,43 @@ def test_missing_tracker_is_told_before_the_base_model_is_loaded(project: Sandbo
     for name in names:
         assert f": report_to: the package {name} is not installed\nhint: run `pip install {name}`" in result.stderr
     assert "error: fine-tuning/olive-config.json:" in result.stderr
+
+
+TRACKIO = """
+import types
+config, context_vars = {}, types.SimpleNamespace(current_space_id=types.SimpleNamespace(get=lambda: None))
+def begin(**_):
+    DOWN
+def log(_):
+    DOWN
+init, finish = begin, begin
+"""
+"""A tracker whose server does not answer."""
+DOWN = 'raise ConnectionError("connection refused\\nby nobody")'
+
+
+@pytest.mark.parametrize("lost", ["at first", "later"])
+def test_tracker_whose_server_is_down(fresh: Sandbox, tmp_path: Path, lost: str) -> None:
+    """It is an error before the first step. Lost in the middle, it is told once, and the training goes on."""
+    module = TRACKIO.replace("def begin(**_):\n    DOWN", "def begin(**_):\n    pass") if lost == "later" else TRACKIO
+    (tmp_path / "trackio.py").write_text(module.replace("DOWN", DOWN))
+    few = {"max_steps": 3, "logging_steps": 1, "eval_strategy": "no", "report_to": "trackio"}
+    fresh.edit(lambda c: c["passes"]["lora"]["training_args"].update(few))
+
+    result = fresh.run("train", env={"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])})
+
+    line = next(n for n, text in enumerate(fresh.config.read_text().splitlines(), start=1) if "report_to" in text)
+    refusal = (
+        f"error: fine-tuning/olive-config.json:{line}: report_to: trackio cannot be reported to: connection refused\n"
+    )
+    if lost == "at first":
+        assert result.returncode == 1
+        assert refusal + "hint: see that it can be reached" in result.stderr
+        assert "Traceback" not in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("trackio gets no more of this training, which goes on: connection refused") == 1
+        assert fresh.steps()["train"] == "up to date"
 
 
 def test_unknown_tracker_is_told_with_the_known_ones(fresh: Sandbox) -> None:

@@ -6,12 +6,13 @@ wherever the command was started. What the user has set in the environment alway
 
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from edgetune.errors import Problem, refuse
+from edgetune.errors import EdgetuneError, Problem, failure, first_line, refuse
 from edgetune.stages import Job
 
 _RUN_DIGITS = 8
@@ -55,6 +56,54 @@ def prepare(job: Job) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         there = job.project.name(folder) if kept_here else "where the environment says"
         job.progress.say(f"reports to {name}: {there}")
+
+
+def guard(job: Job, trainer: Any) -> None:
+    """Keep trackers from ending a training: one that cannot begin does so before the first step, as an error.
+
+    One that is lost later is told, and left out for the rest.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in chosen(job):
+        [kind] = get_reporting_integration_callbacks(name)
+        guarded = _Guarded(job, name)
+        for callback in trainer.callback_handler.callbacks:
+            if type(callback) is kind:
+                for event in (attribute for attribute in dir(callback) if attribute.startswith("on_")):
+                    setattr(callback, event, guarded.event(event, getattr(callback, event)))
+
+
+class _Guarded:
+    """A tracker that may fail."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self.job, self.name, self.is_lost = job, name, False
+
+    def event(self, event: str, report: Callable[..., None]) -> Callable[..., None]:
+        """Return what reports an event of the training as long as that goes well."""
+
+        def guarded(*arguments: Any, **options: Any) -> None:
+            if self.is_lost:
+                return
+            try:
+                report(*arguments, **options)
+            except Exception as error:
+                self.is_lost = True
+                if event == "on_train_begin":
+                    raise self._refusal(error) from error
+                self.job.progress.say(
+                    f"warning: {self.name} gets no more of this training, which goes on: {first_line(error)}"
+                )
+
+        return guarded
+
+    def _refusal(self, error: Exception) -> EdgetuneError:
+        return failure(
+            f"report_to: {self.name} cannot be reported to: {first_line(error)}",
+            where=self.job.workflow.where_in_tuning("training_args", "report_to"),
+            hint=f"see that it can be reached where the environment says, or take {self.name} out of report_to",
+        )
 
 
 def finish(job: Job) -> None:

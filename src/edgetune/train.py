@@ -121,6 +121,8 @@ def _fit(job: Job, folder: Path, settings: preflight.Settings, team: "Team | Non
     if job.workflow.eval_data is None:
         job.progress.say("no evaluation data: `edgetune data --write-split 0.1` sets some rows aside")
     trainer.remove_callback(transformers.PrinterCallback)
+    if leads:
+        trackers.guard(job, trainer)
     checkpoint = _last_whole_checkpoint(job, folder / CHECKPOINTS) if leads else None
     if team:
         team.broadcast([weight for weight in model.parameters() if weight.requires_grad])
