@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -836,6 +837,42 @@ def test_split_leaves_a_valid_config(fresh: Sandbox, edit: Callable[[Any], None]
     step = config["passes"]["lora"]
     assert files[step["train_data_config"]] == "../datasets/train.jsonl"
     assert files[step["eval_data_config"]] == "../datasets/eval.jsonl"
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_split_that_is_killed(fresh: Sandbox, moved: int) -> None:
+    """Between any two of its files, a split is as if never begun, or the next command finishes it."""
+    use(fresh, "own.jsonl", lines(labelled(20)))
+    before = fresh.config.read_text()
+    dying = f"""
+import os, signal, sys
+from pathlib import Path
+from edgetune.cli import main
+
+replace, left = Path.replace, [{moved}]
+
+def replace_or_die(path, target):
+    if Path(target).parent.name in ("datasets", "fine-tuning"):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+    return replace(path, target)
+
+Path.replace = replace_or_die
+sys.exit(main())
+"""
+
+    killed = fresh.command(sys.executable, "-c", dying, "data", "--write-split", "0.2")
+    result = fresh.run("status")
+
+    assert (killed.returncode, result.returncode) == (-signal.SIGKILL, 0)
+    assert ("the split that was interrupted is finished" in result.stderr) == (moved > 0)
+    if moved:
+        sizes = [len(rows_of(fresh.root / f"datasets/{name}.jsonl")) for name in ("train", "eval")]
+        assert sizes == [16, 4]
+        assert not list(fresh.root.rglob("*.split")) + list(fresh.root.rglob("*.jsonl.tmp"))
+    assert (fresh.config.read_text() == before) == (moved == 0)
+    assert fresh.run("data", "--write-split", "0.2").returncode == 0
 
 
 def test_split_changes_nothing_when_it_cannot_work(fresh: Sandbox) -> None:

@@ -37,6 +37,8 @@ def _start(arguments: argparse.Namespace, load: "Callable[[Project], Workflow] |
     from edgetune.stages import Job
 
     project = Project.find(arguments.project)
+    if project.pending_split.exists():
+        _finish_split(project)
     if load is None and getattr(arguments, "engine", "native") == "olive":
         project = replace(project, olive=True)
     job = Job.start(project, (load or config.load)(project))
@@ -95,6 +97,14 @@ def _write_split(arguments: argparse.Namespace) -> None:
     for role, count in counts.items():
         tell(f"{job.project.name(job.project.split_file(role))}: {count:,} rows, {count / total:.0%}")
     tell(f"{job.project.name(job.project.config)} points there")
+
+
+def _finish_split(project: Project) -> None:
+    from edgetune.split import finish
+
+    if finish(project):
+        files = ", ".join(project.name(project.split_file(role)) for role in ("train", "eval"))
+        tell(f"the split that was interrupted is finished: {files} and {project.name(project.config)} are the new ones")
 
 
 def train(arguments: argparse.Namespace) -> None:

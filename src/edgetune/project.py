@@ -64,6 +64,12 @@ class Project:
         return self.root / "datasets" / f"{role}.jsonl"
 
     @property
+    def pending_split(self) -> Path:
+        """The workflow file of a split whose files are all written and not yet in their places."""
+        file = self.config.resolve()
+        return file.with_name(file.name + ".split")
+
+    @property
     def answers(self) -> Path:
         """What copier was told, and the version of the template it rendered."""
         return self.root / ".copier-answers.yml"

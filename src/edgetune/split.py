@@ -6,13 +6,14 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from edgetune import config
 from edgetune.dataset import EVAL, TRAIN, all_rows, inputs
 from edgetune.errors import EdgetuneError, Problem, failure
+from edgetune.project import Project
 from edgetune.row import Row, as_json
 from edgetune.source import Edit, JsonSource, Location, write_edits
 from edgetune.stages import Job, run_lock, text_digest
@@ -24,12 +25,12 @@ def write_split(job: Job, share: float) -> dict[str, int]:
     Rows with the same prompt stay together (chats: with the same first question). Slices and ``max_samples`` do not
     count: every row of the files takes part. A file that is written over is kept under another name. Raises
     EdgetuneError when there are more bad rows than ``job.max_bad`` or there is nothing to split; then nothing has
-    changed.
+    changed. Killed at any moment, it has changed nothing either, or :func:`finish` completes it.
     """
     project = job.project
     targets = {role: project.split_file(role) for role in (TRAIN, EVAL)}
-    config_file = project.config.resolve()  # a link stays one
-    new = {path: path.with_name(path.name + ".tmp") for path in (*targets.values(), config_file)}
+    new = {role: _new(path) for role, path in targets.items()}
+    new_config = _new(project.pending_split)
     with run_lock(project):
         inputs(job)
         if folders := [path for path in targets.values() if path.is_dir()]:
@@ -37,18 +38,44 @@ def write_split(job: Job, share: float) -> dict[str, int]:
         try:
             chosen = _choose(job, share)
             project.split_file(TRAIN).parent.mkdir(exist_ok=True)
-            counts = _write_rows(job, chosen, {role: new[path] for role, path in targets.items()})
-            _write_config(job, targets, config_file, new[config_file])
-            config.load(project, new[config_file])
+            counts = _write_rows(job, chosen, new)
+            _write_config(job, targets, project.config, new_config)
+            config.load(project, new_config)
             with _uninterrupted():
                 for path in targets.values():
                     _keep(job, path)
-                for path, temporary in new.items():
-                    temporary.replace(path)
+                new_config.replace(project.pending_split)
+                _put_in_place(project)
         finally:
-            for temporary in new.values():
-                temporary.unlink(missing_ok=True)
+            if not project.pending_split.exists():
+                for temporary in (*new.values(), new_config):
+                    temporary.unlink(missing_ok=True)
     return counts
+
+
+def finish(project: Project) -> bool:
+    """Complete a split that was interrupted when all its files were written; return whether there was one.
+
+    While another run is at work nothing is done: it may be the one that splits.
+    """
+    with suppress(EdgetuneError), run_lock(project):
+        if project.pending_split.exists():
+            _put_in_place(project)
+            return True
+    return False
+
+
+def _put_in_place(project: Project) -> None:
+    """Move the new files to where they belong. The workflow file is the last, and the sign that there is more to do."""
+    for path in map(project.split_file, (TRAIN, EVAL)):
+        if (new := _new(path)).exists():
+            new.replace(path)
+    project.pending_split.replace(project.config.resolve())  # a link stays one
+
+
+def _new(path: Path) -> Path:
+    """Return where a file is written before it counts."""
+    return path.with_name(path.name + ".tmp")
 
 
 def _choose(job: Job, share: float) -> set[bytes]:
