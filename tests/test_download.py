@@ -795,6 +795,37 @@ def test_files_added_to_local_weights_can_be_locked(hub_project: Sandbox) -> Non
     assert "LICENSE" in lock_of(hub_project)["acme/phi"]["files"]
 
 
+def test_files_added_to_a_locked_model_are_refused(fresh: Sandbox) -> None:
+    """What libraries would read beside the locked files is named before anything is trained; documents are not."""
+    assert fresh.run("download").returncode == 0
+    folder = fresh.root / "model-cache/edgetune/tiny-phi3"
+    added = [folder / name for name in ("adapter_config.json", "model.safetensors.index.json", "added_tokens.json")]
+    for path in (*added, folder / "LICENSE", folder / "notes.txt"):
+        path.write_text("{}")
+
+    result = fresh.run("train")
+
+    assert result.returncode == 1
+    for path in added:
+        assert f"error: {path.relative_to(fresh.root).as_posix()}: " in result.stderr
+    assert result.stderr.count("hint: move it away") == len(added) == result.stderr.count("error: ")
+    for path in added:
+        path.unlink()
+    assert fresh.run("download").returncode == 0
+
+
+def test_adapter_beside_weights_put_there_by_hand(hub_project: Sandbox) -> None:
+    """A base model with an adapter's configuration in its folder is none: transformers would load both."""
+    folder = hub_project.root / "model-cache/acme/phi"
+    shutil.copytree(TINY, folder)
+    (folder / "adapter_config.json").write_text("{}")
+
+    result = hub_project.run("data", env=NOWHERE)
+
+    assert result.returncode == 1
+    assert "error: model-cache/acme/phi/adapter_config.json: transformers would load the adapter" in result.stderr
+
+
 def test_local_weights_that_are_gone_are_not_looked_up(hub_project: Sandbox, fetch: Fetch, hub: HubServer) -> None:
     """A project locked to weights from a folder asks for that folder again, not for namesakes on the Hub."""
     assert hub_project.run("download", "--from", str(TINY)).returncode == 0

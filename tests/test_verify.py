@@ -88,6 +88,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "merged tensor": ("gen-model/merged/model.safetensors was changed", flip_a_byte),
     "base model": ("model-cache/edgetune/tiny-phi3/model.safetensors is not the locked one", flip_a_byte),
     "adapter": ("gen-model/adapter is gone", shutil.rmtree),
+    "an added file": ("gen-model/onnx/added_tokens.json was added", lambda path: path.write_text("{}")),
     "exported weights": ("gen-model/onnx/model.onnx.data was changed", flip_a_byte),
 }
 

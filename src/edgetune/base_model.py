@@ -36,6 +36,9 @@ USED_FILES = (
 UNUSED_FILES = ("consolidated*", "*[/\\:\0]*", "*.py")
 """A second copy of the weights in another layout (Mistral), what lies elsewhere (``:`` is for drives), and code."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""With this beside it, transformers takes the weights from wherever it says, and an adapter with them."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 

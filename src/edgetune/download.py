@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from edgetune import base_model, hub, mlflow_folder
-from edgetune.errors import EdgetuneError, failure, refuse
+from edgetune.errors import EdgetuneError, Problem, failure, refuse
 from edgetune.project import BUILTIN_MODELS
 from edgetune.source import JsonSource
 from edgetune.stages import Job, is_intact, partial_folder, publish, sha256, write_json
@@ -65,6 +65,7 @@ def is_current(job: Job) -> bool:
     if locked is None or not is_intact(job.base_folder, locked.as_outputs(), job.hashes):
         return False
     _check_revision(job, locked)
+    _check_nothing_added(job, locked)
     return True
 
 
@@ -94,6 +95,7 @@ def download(job: Job, *, source: Path | None = None, update_lock: bool = False)
             shutil.rmtree(partial)
             raise _differs(job, "what was fetched differs from")
         publish(partial, folder)
+    _check_nothing_added(job, _read_lock(job)[job.base_id])
     if base_model.unused_code(job, folder):
         job.progress.say("the Python code of its repository is not used: transformers knows this architecture itself")
 
@@ -167,6 +169,22 @@ def _check_revision(job: Job, locked: LockEntry) -> None:
             where=job.workflow.where("input_model", "load_kwargs", "trust_remote_code"),
             hint=f"read that code, then {hint}",
         )
+
+
+def _check_nothing_added(job: Job, locked: LockEntry) -> None:
+    """Raise EdgetuneError when libraries would read more in the folder of the base model than what is locked."""
+    unlocked = [path for path in base_model.used_files(job, job.base_folder) if path.name not in locked.files]
+    added = [path for path in unlocked if not base_model.matches(path.name, base_model.DOCUMENTS)]
+    adapter = job.base_folder / base_model.ADAPTER_CONFIG
+    hint = "move it away, or lock it too with `edgetune download --update-lock`"
+    problems = [
+        Problem("this is no file of the locked base model, and would be read", job.project.name(path), hint)
+        for path in added
+    ]
+    if adapter.exists():
+        message = "transformers would load the adapter that this names into the base model"
+        problems.append(Problem(message, job.project.name(adapter), "move it away"))
+    refuse(problems)
 
 
 def is_local(job: Job) -> bool:

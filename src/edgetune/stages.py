@@ -188,11 +188,18 @@ def _is_inside(name: str) -> bool:
 def list_outputs(folder: Path, hashes: Hashes | None = None) -> dict[str, dict[str, Any]]:
     """Return size and sha256 of every file below ``folder``, its manifest excepted."""
     digest = sha256 if hashes is None else hashes.__getitem__
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
+    return {name: {"size": path.stat().st_size, "sha256": digest(path)} for name, path in _files(folder)}
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / MANIFEST:
+            yield path.relative_to(folder).as_posix(), path
+
+
+def additions(folder: Path, outputs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of files that are not listed; hidden ones, which desktops leave everywhere, excepted."""
+    return (name for name, path in _files(folder) if name not in outputs and not path.name.startswith("."))
 
 
 def changes(folder: Path, outputs: Mapping[str, Mapping[str, Any]], hashes: Hashes) -> Iterator[str]:

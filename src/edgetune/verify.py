@@ -26,6 +26,7 @@ from edgetune.export import source_folder
 from edgetune.memory import peak_memory_mb, reset_peak_memory
 from edgetune.stages import (
     Job,
+    additions,
     changes,
     key_of,
     partial_folder,
@@ -189,12 +190,13 @@ def _refusal(job: Job, verdict: dict[str, Any]) -> GateError:
 
 
 def changed_files(job: Job, folders: Sequence[Path]) -> list[str]:
-    """Return the files in these folders that are not what a step wrote, and those of the base that are not locked."""
+    """Return what of these folders is not what a step wrote, and the files of the base that are not locked."""
     name = job.project.name
     found = [f"{name(path)} is not the locked one" for path in download.changed_files(job)]
     for folder in folders:
         outputs = (read_manifest(folder) or {"outputs": {}})["outputs"]
         found += [f"{name(folder / file)} was changed or removed" for file in changes(folder, outputs, job.hashes)]
+        found += [f"{name(folder / file)} was added" for file in additions(folder, outputs)]
     return found
 
 

@@ -41,7 +41,10 @@ class Check:
 
 def files(damage: Sequence[str]) -> Check:
     """Judge files that are not what a step wrote."""
-    cause = "something else wrote or deleted files; `edgetune finetune` makes again what can be made again"
+    cause = (
+        "something else wrote or deleted files: move away what was added; `edgetune finetune` makes again what can be "
+        "made again"
+    )
     return Check("files", "the files are unchanged", passed=False, summary="; ".join(damage), cause=cause)
 
 
