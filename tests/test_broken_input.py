@@ -252,6 +252,17 @@ def test_name_that_leads_elsewhere(fresh: Sandbox, edit: Callable[[Any], object]
     assert f"error: fine-tuning/olive-config.json:{line_of(fresh.config, value)}: {message}" in result.stderr
 
 
+def test_workflow_id_that_leads_elsewhere(fresh: Sandbox) -> None:
+    """Stock Olive makes a folder of ``workflow_id`` in its cache."""
+    fresh.edit(lambda c: c.update(workflow_id="../../../x"))
+
+    result = fresh.run("finetune", "--engine", "olive")
+
+    assert result.returncode == 1
+    place = f"fine-tuning/olive-config.json:{line_of(fresh.config, 'workflow_id')}"
+    assert f"error: {place}: workflow_id is '../../../x', which Olive makes the name of a folder" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..\\x", "C:x", ""])
 def test_manifest_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
     """What lists files outside of its folder is no manifest: results may come from somebody else."""

@@ -134,13 +134,10 @@ def load_for_olive(project: Project) -> Workflow:
     base = InputModel.model_construct(
         model_path=str(model.get("model_path", "")), load_kwargs=LoadKwargs.model_construct(**given)
     )
-    cache, output = (str(source.data.get(key, "")) for key in ("cache_dir", "output_dir"))
+    names = {key: str(source.data.get(key, "")) for key in ("workflow_id", "cache_dir", "output_dir")}
     data = source.data.get("data_configs")
     data = [_data_for_olive(entry) for entry in data] if isinstance(data, list) else []
-    workflow = Workflow.model_construct(
-        input_model=base, data_configs=data, passes={}, cache_dir=cache, output_dir=output
-    )
-    return workflow.located(source)
+    return Workflow.model_construct(input_model=base, data_configs=data, passes={}, **names).located(source)
 
 
 def _data_for_olive(entry: Any) -> DataConfig:

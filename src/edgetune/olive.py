@@ -5,6 +5,7 @@ and evaluated in the same way: ``adapter/`` and ``merged/`` out of Olive's cache
 """
 
 import os
+import re
 import shutil
 import sys
 from contextlib import AbstractContextManager
@@ -132,7 +133,7 @@ def check(job: Job, limits: verify.Limits) -> None:
 
 
 def _check_folders(job: Job) -> None:
-    """Raise EdgetuneError unless Olive is told to use the project's own folders: they are cleared here."""
+    """Raise EdgetuneError unless Olive is told to use the project's own folders alone: they are cleared here."""
     project, problems = job.project, []
     for key, folder in (("cache_dir", project.olive_cache), ("output_dir", project.olive_output)):
         given = getattr(job.workflow, key)
@@ -140,4 +141,7 @@ def _check_folders(job: Job) -> None:
             wanted = os.path.relpath(folder, project.config_folder)
             message = f"{key} is {given!r}; the olive engine works in {project.name(folder)}"
             problems.append(Problem(message, job.workflow.where(key), f'write "{key}": "{wanted}"'))
+    if re.search(r"[/\\:\0]|^\.\.$", name := job.workflow.workflow_id):
+        message = f"workflow_id is {name!r}, which Olive makes the name of a folder in its cache"
+        problems.append(Problem(message, job.workflow.where("workflow_id"), "use letters, digits, - and _"))
     refuse(problems)
