@@ -219,7 +219,7 @@ def repair(job: Job, source: Path, exported: Path) -> None:
     """
     import onnx
 
-    wanted = _attention(source, trusted=job.workflow.input_model.load_kwargs.trust_remote_code)
+    wanted = _attention(source, trusted=job.workflow.trusts_code)
     path = exported / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     nodes = {int(found[1]): node for node in model.graph.node if (found := _LAYER.search(node.name))}

@@ -42,12 +42,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def trusts_code(job: Job) -> bool:
-    """Tell whether the workflow file lets the repository's own Python code run: pinned to a commit, or not at all."""
-    kwargs = job.workflow.input_model.load_kwargs
-    return bool(kwargs.trust_remote_code) and re.fullmatch(r"[0-9a-f]{40}", kwargs.revision or "") is not None
-
-
 def is_used(name: str, *, code: bool) -> bool:
     """Tell whether a run can use a file of a repository; ``code``: whether that goes for Python files too."""
     if code and re.fullmatch(r"[^/\\:\0]+\.py", name):
@@ -57,7 +51,7 @@ def is_used(name: str, *, code: bool) -> bool:
 
 def used_files(job: Job, folder: Path) -> list[Path]:
     """Return the files of a model folder that a run can use."""
-    code = trusts_code(job)
+    code = job.workflow.trusts_code
     return [path for path in sorted(folder.iterdir()) if path.is_file() and is_used(path.name, code=code)]
 
 
@@ -127,7 +121,7 @@ def config_problems(job: Job, folder: Path, names: Collection[str]) -> list[Prob
             pass
         case _:
             return [Problem(f"the config.json of {job.base_id} names no architecture", _where(job), another)]
-    if architecture in NEEDS_REMOTE_CODE and not trusts_code(job):
+    if architecture in NEEDS_REMOTE_CODE and not job.workflow.trusts_code:
         where = job.workflow.where("input_model", "load_kwargs", "trust_remote_code")
         hint = "read that code; then set load_kwargs.trust_remote_code to true and .revision to a commit (40 digits)"
         return [
@@ -136,12 +130,12 @@ def config_problems(job: Job, folder: Path, names: Collection[str]) -> list[Prob
     if architecture not in EXPORTABLE | NEEDS_REMOTE_CODE:
         hint = f"choose a model of one of these architectures: {', '.join(sorted(EXPORTABLE))}"
         return [_problem(job, f"is a {architecture}, which onnxruntime-genai 0.14.1 cannot export as text model", hint)]
-    return _code_problems(job, config, names) if trusts_code(job) else []
+    return _code_problems(job, config, names) if job.workflow.trusts_code else []
 
 
 def unused_code(job: Job, folder: Path) -> bool:
     """Tell whether the model brings Python code that is passed over."""
-    return bool(read_config(folder).get("auto_map")) and not trusts_code(job)
+    return bool(read_config(folder).get("auto_map")) and not job.workflow.trusts_code
 
 
 def space_problems(job: Job, needed: int) -> list[Problem]:

@@ -134,7 +134,7 @@ def load_for_olive(project: Project) -> Workflow:
     base = InputModel.model_construct(
         model_path=str(model.get("model_path", "")), load_kwargs=LoadKwargs.model_construct(**given)
     )
-    names = {key: str(source.data.get(key, "")) for key in ("workflow_id", "cache_dir", "output_dir")}
+    names: dict[str, Any] = {key: str(source.data.get(key, "")) for key in ("workflow_id", "cache_dir", "output_dir")}
     data = source.data.get("data_configs")
     data = [_data_for_olive(entry) for entry in data] if isinstance(data, list) else []
     return Workflow.model_construct(input_model=base, data_configs=data, passes={}, **names).located(source)

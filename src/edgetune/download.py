@@ -163,7 +163,7 @@ def _check_revision(job: Job, locked: LockEntry) -> None:
             hint=f"{hint}, or write the locked revision",
         )
     has_code = any(name.endswith(".py") for name in locked.files)
-    if base_model.trusts_code(job) and base_model.read_config(job.base_folder).get("auto_map") and not has_code:
+    if job.workflow.trusts_code and base_model.read_config(job.base_folder).get("auto_map") and not has_code:
         raise failure(
             f"{job.base_id} was locked without its Python code",
             where=job.workflow.where("input_model", "load_kwargs", "trust_remote_code"),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import adapters, architectures, builder, dataset, passes
-from edgetune.base_model import trusts_code
 from edgetune.download import digests
 from edgetune.errors import EdgetuneError, failure, first_line
 from edgetune.onnx_backend import GENAI_CONFIG, load_exported
@@ -139,7 +138,7 @@ def run_builder(job: Job, source: Path, folder: Path, precision: str, options: d
             work,
             precision,
             hf_token="false",  # noqa: S106 - everything is local; the builder's default asks the Hub client for a token
-            hf_remote=trusts_code(job),
+            hf_remote=job.workflow.trusts_code,
             **{"execution_provider": "cpu"} | adapters.builder_options(job) | options,
         )
     except EdgetuneError:

@@ -214,7 +214,7 @@ def _look_up(job: Job, revision: str | None) -> tuple[str, tuple[HubFile, ...], 
                 _reraise(job, error)
             job.progress.say(f"{_server()} answers with status {status}, asking again")
             time.sleep(wait)
-    code = base_model.trusts_code(job)
+    code = job.workflow.trusts_code
     siblings = info.siblings or []
     files = tuple(
         HubFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)

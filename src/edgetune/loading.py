@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from edgetune.base_model import trusts_code
 from edgetune.quantised import Quantisation
 from edgetune.schema import FineTuning
 from edgetune.stages import Job
@@ -39,7 +38,7 @@ def load_weights(folder: Path, *, dtype: str, trusted: bool, quantisation: Any =
 def load_base(job: Job, dtype: str, quantisation: Quantisation | None) -> Any:
     """Load the base model as the adapter sits on it: in 4 bits for QLoRA. Raises EdgetuneError without bitsandbytes."""
     configuration = quantisation and quantisation.configuration()
-    return load_weights(job.base_folder, dtype=dtype, trusted=trusts_code(job), quantisation=configuration)
+    return load_weights(job.base_folder, dtype=dtype, trusted=job.workflow.trusts_code, quantisation=configuration)
 
 
 def fine_tuning(job: Job) -> FineTuning:

@@ -80,7 +80,7 @@ def _model(job: Job, source: Path) -> dict[str, Any]:
             "onnx_file_name": GRAPH,
             "model_attributes": {"additional_files": files},
         }
-    trust = {"trust_remote_code": job.workflow.input_model.load_kwargs.trust_remote_code}
+    trust = {"trust_remote_code": job.workflow.trusts_code}
     attributes = read_json(source / _ATTRIBUTES) or {}
     return {"type": "HfModel", "model_path": path, "load_kwargs": trust, "model_attributes": attributes}
 

@@ -32,10 +32,15 @@ class LoadKwargs(Strict):
 
     @model_validator(mode="after")
     def _trust_is_for_one_commit(self) -> Self:
-        if self.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+        if self.trust_remote_code and not self.trusts_code:
             message = "needs a 40-digit revision beside it: code that may change is never run"
             raise WrongKeyError("trust_remote_code", message)
         return self
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether the repository's own Python code may run: pinned to a commit, or not at all."""
+        return bool(self.trust_remote_code) and re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
 
 
 class InputModel(Strict):
@@ -363,6 +368,11 @@ class Workflow(Strict):
     def tuning(self) -> FineTuning | None:
         """The fine-tuning pass; None when the base model is exported as it is."""
         return next((p for p in self.passes.values() if isinstance(p, FineTuning)), None)
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether the base model's own Python code may run."""
+        return self.input_model.load_kwargs.trusts_code
 
     @property
     def merges(self) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune import preflight
-from edgetune.base_model import trusts_code
 from edgetune.errors import EdgetuneError, failure, first_line, missing_extra
 from edgetune.generation import Backend, Sampling, Speed
 from edgetune.loading import load_base, load_weights
@@ -93,7 +92,7 @@ class TorchBackend(Backend):
 def open_model(job: Job, folder: Path, dtype: str) -> TorchBackend:
     """Load a model of the project. Raises EdgetuneError when its files are not what they should be."""
     return TorchBackend(
-        _loaded(folder, lambda: load_weights(folder, dtype=dtype, trusted=trusts_code(job))),
+        _loaded(folder, lambda: load_weights(folder, dtype=dtype, trusted=job.workflow.trusts_code)),
         folder,
         max_length=job.workflow.builder.search.get("max_length"),
     )

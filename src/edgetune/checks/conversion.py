@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import adapters
-from edgetune.base_model import trusts_code
 from edgetune.export import run_builder
 from edgetune.merge import Adapter
 from edgetune.onnx_backend import OnnxBackend
@@ -97,7 +96,7 @@ def write_prefix(job: Job, model: Path, target: Path) -> tuple[int, int]:
             shutil.copyfile(path, target / path.name)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tensors = read_folder(model)
-    layers = prefix_length(layer_kinds(model, tensors, trusted=trusts_code(job)))
+    layers = prefix_length(layer_kinds(model, tensors, trusted=job.workflow.trusts_code))
     vocabulary = config["vocab_size"]
     kept = {}
     for name, tensor in tensors.items():

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
-from edgetune.base_model import trusts_code
 from edgetune.examples import Example
 from edgetune.onnx_backend import GENAI_CONFIG, exported_end_ids
 from edgetune.prompt import Encoder, end_token_ids, load_tokenizer
@@ -41,7 +40,7 @@ def _tokenizer_fault(job: Job, model: Path, examples: list[Example]) -> list[str
     from transformers import AutoTokenizer
 
     of_runtime = og.Tokenizer(og.Model(str(model)))
-    trusted = trusts_code(job)
+    trusted = job.workflow.trusts_code
     of_transformers = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trusted)
     reference = load_tokenizer(model)
     readers: dict[str, Callable[[str], list[int]]] = {
