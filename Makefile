@@ -9,7 +9,7 @@ BIN := .venv/bin
 PINS := src/edgetune/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench matrix examples docs
+.PHONY: help setup demo test test-slow lint bench matrix examples docs lock audit
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,13 @@ examples: setup ## Render examples/ anew, with the answers beside each
 
 docs: setup ## Write the generated parts of docs/cli.md and docs/configuration.md
 	$(BIN)/python tests/reference_pages.py
+
+lock: setup ## Write the template's requirements.lock anew, with the newest packages that go with constraints.txt
+	$(BIN)/python tests/lock.py
+
+audit: setup ## Look all locked versions up in the index's list of known vulnerabilities
+	sed '/^{%/d' template/setup/requirements.lock.jinja | \
+	  $(BIN)/uvx pip-audit --strict --no-deps --disable-pip -r /dev/stdin -r $(PINS)
 
 # The fallback is for networks that reach a package mirror but not PyTorch's index.
 .venv/.ready: pyproject.toml $(PINS)

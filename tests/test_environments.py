@@ -37,7 +37,10 @@ def test_base_install_tells_help_status_and_config_problems(tmp_path: Path, rend
 
 
 def test_fresh_project_works_with_make_alone(render: Callable[..., Sandbox]) -> None:
-    """``make finetune && make infer`` in a new project makes its own environment, in a path with a space."""
+    """``make finetune && make infer`` in a new project makes its own environment, in a path with a space.
+
+    What its lock names is all that edgetune, and everything edgetune needs, asks for.
+    """
     project = render()
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "VIRTUAL_ENV"}
 
@@ -48,6 +51,8 @@ def test_fresh_project_works_with_make_alone(render: Callable[..., Sandbox]) -> 
         assert result.returncode == 0, result.stdout + result.stderr
 
     assert (project.root / ".venv/bin/edgetune").exists()
+    checked = project.command(str(project.root / ".venv/bin/python"), "-m", "pip", "check")
+    assert checked.returncode == 0, checked.stdout
     assert (project.root / "gen-model/onnx/model.onnx").exists()
     assert (project.root / "inferences/outputs-onnx.jsonl").exists()
 

@@ -20,6 +20,7 @@ import copier
 import pytest
 import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from plumbum import local
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import DummyInput
@@ -178,6 +179,7 @@ FILES = {
     "inferences/README.md",
     "inferences/prompts.jsonl",
     "model-cache/.gitkeep",
+    "setup/requirements.lock",
     "setup/requirements.txt",
 }
 """What every project has."""
@@ -989,6 +991,50 @@ def test_the_requirement_can_be_given(template: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((rendered / ".copier-answers.yml").read_text())["runtime_requirement"] == wish
 
 
+# ---------------------------------------------------------------- setup/requirements.lock
+
+
+def locked(project: Path) -> dict[str, Requirement]:
+    """Return the packages of ``setup/requirements.lock``, each of which has hashes and nothing else."""
+    text = (project / "setup/requirements.lock").read_text(encoding="utf-8")
+    entry = re.compile(r"([a-z][^\n\\]*)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
+    assert not entry.sub("", re.sub(r"(?m)^#.*\n", "", text))
+    packages = [Requirement(found[1]) for found in entry.finditer(text)]
+    assert len({package.name for package in packages}) == len(packages)
+    return {package.name: package for package in packages}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(
+    ("device", "compute"),
+    [("cpu", "local"), ("cuda", "local"), ("directml", "local"), ("cpu", "azureml"), ("cuda", "azureml")],
+)
+def test_the_lock_has_what_the_runtime_of_a_project_needs(
+    template: Path, tmp_path: Path, device: str, method: str, compute: str
+) -> None:
+    """Every package that edgetune asks for with the project's extras, in the versions of requirements.txt.
+
+    Not torch and its CUDA libraries, and nothing that only projects with other answers need.
+    """
+    project = render(template, tmp_path / "out", device=device, method=method, compute=compute)
+    pins = (project / "setup/requirements.txt").read_text(encoding="utf-8").splitlines()
+
+    packages = locked(project)
+
+    assert not [name for name in packages if re.match(r"(torch|triton|nvidia-.*|cuda-.*)$", name)]
+    assert {name for name in packages if name.startswith("onnxruntime")} == DEVICES[device][2]
+    assert ("bitsandbytes" in packages) == (method == "qlora")
+    assert ("azure-core" in packages) == (compute == "azureml")
+    versions = {name: str(package.specifier) for name, package in packages.items()}
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    asked = [requirement for extra in Requirement(requirement_of(project)).extras for requirement in extras()[extra]]
+    for requirement in [*map(Requirement, declared), *asked]:
+        if requirement.name != "torch":
+            assert versions[canonicalize_name(requirement.name)].removeprefix("==") in requirement.specifier
+    for name, _, version in (line.partition("==") for line in pins if "==" in line and not line.startswith("torch==")):
+        assert versions[canonicalize_name(name)] == f"=={version}"
+
+
 # ---------------------------------------------------------------- the Makefile
 
 
@@ -1056,7 +1102,7 @@ def pip_calls(fake_python: Path) -> list[str]:
 
 
 def test_setup_takes_torch_from_its_own_index(own_project: Path, fake_python: Path) -> None:
-    """The pinned torch comes first, alone and without waiting for a dead index, then the rest."""
+    """What is locked comes first and torch alone, without waiting for a dead index; the runtime comes alone, too."""
     torch = next(p for p in (REPOSITORY / CONSTRAINTS).read_text().splitlines() if p.startswith("torch=="))
 
     done = make(own_project, "setup", f"PYTHON={fake_python}")
@@ -1064,8 +1110,10 @@ def test_setup_takes_torch_from_its_own_index(own_project: Path, fake_python: Pa
     assert done.returncode == 0, done.stderr
     index = "--index-url https://download.pytorch.org/whl/cpu"
     assert pip_calls(fake_python) == [
+        "-m pip install --require-hashes --no-deps -r setup/requirements.lock",
         f"-m pip install --no-deps --retries 0 --timeout 5 {index} {torch}",
-        "-m pip install -r setup/requirements.txt",
+        "-m pip install -r /dev/stdin",
+        "-m pip install --no-deps -r setup/requirements.txt",
     ]
 
 
@@ -1078,7 +1126,7 @@ def test_a_cuda_project_gets_the_torch_that_fits_its_onnxruntime(
     done = make(project, "setup", f"PYTHON={fake_python}")
 
     assert done.returncode == 0, done.stderr
-    assert "--index-url https://download.pytorch.org/whl/cu126 torch==" in pip_calls(fake_python)[0]
+    assert "--index-url https://download.pytorch.org/whl/cu126 torch==" in pip_calls(fake_python)[1]
 
 
 def test_setup_falls_back_when_the_torch_index_is_out_of_reach(own_project: Path, fake_python: Path) -> None:
@@ -1086,25 +1134,43 @@ def test_setup_falls_back_when_the_torch_index_is_out_of_reach(own_project: Path
     done = make(own_project, "status", f"PYTHON={fake_python}", "TORCH_INDEX=https://no-index-here")
 
     assert done.returncode == 0, done.stderr
-    first, second, third = pip_calls(fake_python)
+    _, first, second, _, _ = pip_calls(fake_python)
     assert "--index-url https://no-index-here" in first
     assert second == f"-m pip install {first.split()[-1]}"
-    assert third == "-m pip install -r setup/requirements.txt"
 
 
 def test_setup_is_repeated_only_after_the_requirements_change(own_project: Path, fake_python: Path) -> None:
-    """A second command installs nothing; an edited requirements.txt is installed by the next one."""
+    """A second command installs nothing; an edited requirements.txt or another lock is installed by the next one."""
     python = f"PYTHON={fake_python}"
-    requirements = own_project / "setup/requirements.txt"
     make(own_project, "setup", python)
+    setup = pip_calls(fake_python)
 
     make(own_project, "status", python)
-    unchanged = len(pip_calls(fake_python))
-    os.utime(requirements, (time.time() + 5, time.time() + 5))
-    make(own_project, "status", python)
+    assert pip_calls(fake_python) == setup
+    for number, name in enumerate(["requirements.txt", "requirements.lock"], 2):
+        os.utime(own_project / "setup" / name, (time.time() + 5, time.time() + 5))
+        make(own_project, "status", python)
+        (own_project / ".venv/.ready").touch()
+        os.utime(own_project / "setup" / name, (0, 0))
+        assert pip_calls(fake_python) == setup * number
 
-    assert unchanged == 2
-    assert len(pip_calls(fake_python)) == 4
+
+def test_a_package_of_ones_own_comes_with_what_it_needs(own_project: Path, fake_python: Path) -> None:
+    """A line added to requirements.txt is installed with its dependencies; edgetune is not, it has its lock."""
+    script(
+        fake_python.parent / "reading-python",
+        f'[ "$5" != /dev/stdin ] || cat > "{fake_python.parent / "others"}"',
+        *fake_python.read_text(encoding="utf-8").splitlines()[1:],
+    )
+    with (own_project / "setup/requirements.txt").open("a", encoding="utf-8") as file:
+        file.write("mlflow >= 3\n")
+
+    done = make(own_project, "setup", f"PYTHON={fake_python.parent / 'reading-python'}")
+
+    assert done.returncode == 0, done.stderr
+    others = (fake_python.parent / "others").read_text(encoding="utf-8")
+    assert "\nmlflow >= 3\n" in others
+    assert not re.search("(?m)^edgetune", others)
 
 
 def test_a_failed_setup_is_not_taken_for_done(own_project: Path, fake_python: Path) -> None:

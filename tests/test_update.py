@@ -23,6 +23,7 @@ RELEASE = {
     "template/fine-tuning/olive-config.json.jinja": ('"log_severity_level": 1', '"log_severity_level": 2'),
     "template/inferences/prompts.jsonl.jinja": ("phrase", "sentence"),
     "src/edgetune/constraints.txt": ("\nrich==", "\nrich==1"),
+    "template/setup/requirements.lock.jinja": ("\nrich==", "\nrich==1"),
     TRAIN_SAMPLE: ("phrase", "sentence"),
 }
 """What a new version of the template has changed that no result depends on."""
@@ -138,6 +139,7 @@ def test_nothing_of_the_users_is_lost(released: Path, worked_in: Path) -> None:
     assert "## What is changed where" in files["README.md"]
     assert re.search(f"^edgetune.* @ git\\+{released.as_uri()}@v0.2.0$", files["setup/requirements.txt"], re.MULTILINE)
     assert "\nrich==1" in files["setup/requirements.txt"]
+    assert "\nrich==1" in files["setup/requirements.lock"]
     assert not {"datasets/train.jsonl", "datasets/eval.jsonl", ".github/workflows/ci.yml", ".env.example"} & set(files)
     # copier deletes what the template no longer has, changed or not; the commit before the update has it.
     assert "inferences/README.md" not in files
