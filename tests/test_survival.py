@@ -38,15 +38,23 @@ WATCHED = """
 import json, os, re, sys
 from edgetune import cli
 
-steps, counts, (step, count, end) = json.loads(sys.argv[1]), {}, sys.argv[2:5]
+steps, counts, (step, count, event) = json.loads(sys.argv[1]), {}, sys.argv[2:5]
 
-def watch(event, arguments):
-    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    if writes or event in ("os.rename", "os.remove", "os.mkdir"):
+def fill(path):
+    try:
+        with open(path, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    except OSError:
+        pass
+
+def watch(what, arguments):
+    writes = what == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or what in ("os.rename", "os.remove", "os.mkdir"):
         for name in (name for name, pattern in steps.items() if re.search(pattern, str(arguments[0]))):
             counts[name] = counts.get(name, 0) + 1
             if (name, counts[name]) == (step, int(count)):
-                os.kill(os.getpid(), int(end))
+                os.kill(os.getpid(), int(event)) if event.isdigit() else fill(event)
 
 sys.addaudithook(watch)
 code = cli.main(["finetune"])
@@ -55,12 +63,16 @@ sys.exit(code)
 """
 
 
-def watched(project: Sandbox, step: str = "", count: int = 0, end: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run ``edgetune finetune``, which gets the signal ``end`` just before a step touches its files for the n-th time.
+def watched(
+    project: Sandbox, step: str = "", count: int = 0, event: signal.Signals | Path = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    """Run ``edgetune finetune``; just before a step touches its files for the n-th time, something happens.
 
-    The last line it prints tells how often each step did.
+    The process gets a signal, or a file takes all the space that is left. The last line that is printed tells how
+    often each step touched its files.
     """
-    return project.command(sys.executable, "-c", WATCHED, json.dumps(STEPS), step, str(count), str(end))
+    what = str(event) if isinstance(event, Path) else str(int(event))
+    return project.command(sys.executable, "-c", WATCHED, json.dumps(STEPS), step, str(count), what)
 
 
 def has_result(project: Sandbox, name: str) -> bool:
@@ -94,8 +106,7 @@ def test_killed_anywhere(project: Sandbox, undisturbed: tuple[Sandbox, dict[str,
     wanted, counts = undisturbed
     unlike_before(project)
     shutil.rmtree(project.root / "model-cache/edgetune")
-    assert set(counts) == set(STEPS)
-    for number, (step, count) in enumerate(counts.items()):
+    for number, (step, count) in enumerate((step, counts[step]) for step in STEPS):
         point = (1, count // 2 + 1, count)[(number + shift) % 3]
         end, code = ((signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130))[(number // 3 + shift) % 3]
 
@@ -138,6 +149,31 @@ def told(result: subprocess.CompletedProcess[str]) -> str:
     assert "error: " in result.stderr
     assert "hint: " in result.stderr
     return result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts as Linux does")
+def test_disk_full_in_the_middle(project: Sandbox, undisturbed: tuple[Sandbox, dict[str, int]]) -> None:
+    """The space that was there when a step began is taken by something else: told, and the next run goes on."""
+    unlike_before(project)
+    _, counts = undisturbed
+    results = project.root / "gen-model"
+    kept = results.rename(project.root / "kept")
+    results.mkdir()
+    with mounted(results, "-t", "tmpfs", "-o", "size=1g", "tmpfs"):
+        shutil.copytree(kept, results, dirs_exist_ok=True)
+        for step in ("data", "train", "merge", "export", "verify"):
+            result = watched(project, step, counts[step] // 2 + 1, results / "filler")
+            (results / "filler").unlink()
+
+            assert "space" in told(result).lower(), step
+            assert project.steps()[step] != "up to date"
+            assert all(has_result(project, name) for name in ("data", "adapter", "merged", "onnx")), step
+
+        result = project.run("finetune")
+
+        assert result.returncode == 0, result.stderr
+        assert set(project.steps().values()) == {"up to date"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts as Linux does")
