@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from jinja2 import Environment
 
 REPOSITORY = Path(__file__).parents[1]
 CONSTRAINTS = Path("src/edgetune/constraints.txt")
+RELEASE = "v" + tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+"""The tag of the template that goes with the package's version."""
 
 _compile = Environment.compile
 _compiled: dict[tuple[Any, ...], Any] = {}

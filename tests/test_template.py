@@ -31,7 +31,7 @@ from edgetune import config
 from edgetune.contract import Template
 from edgetune.project import Project
 from edgetune.prompt import load_tokenizer
-from templates import CONSTRAINTS, REPOSITORY, commit, copy_template, git, render
+from templates import CONSTRAINTS, RELEASE, REPOSITORY, commit, copy_template, git, render
 
 QUESTIONS: dict[str, Any] = yaml.safe_load((REPOSITORY / "copier.yml").read_text(encoding="utf-8"))
 CATALOGUE: dict[str, dict[str, Any]] = QUESTIONS["catalogue"]["default"]
@@ -153,10 +153,10 @@ def own_project(project: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def git_template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield a git repository of the template, tagged v0.1.0; copier keeps its mirrors beside it."""
+    """Yield a git repository of the template, tagged as its version is; copier keeps its mirrors beside it."""
     folder = tmp_path_factory.mktemp("remote")
     repository = copy_template(folder / "edgetune.git")
-    commit(repository, "v0.1.0")
+    commit(repository, RELEASE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COPIER_CACHE_DIR", str(folder / "mirrors"))
         yield repository
@@ -925,7 +925,14 @@ def test_a_tagged_repository_is_installed_at_the_tag(git_template: Path, tmp_pat
     """The runtime has the version of the template."""
     rendered = render(git_template.as_uri(), tmp_path / "out")
 
-    assert Requirement(requirement_of(rendered)).url == f"git+{git_template.as_uri()}@v0.1.0"
+    assert Requirement(requirement_of(rendered)).url == f"git+{git_template.as_uri()}@{RELEASE}"
+
+
+def test_a_tag_of_this_repository_is_the_version_of_its_package() -> None:
+    """A release with another number would install what it was not made with."""
+    tags = git(REPOSITORY, "tag", "--points-at", "HEAD").split()
+
+    assert {tag for tag in tags if tag.startswith("v")} <= {RELEASE}
 
 
 def test_a_commit_without_a_tag_is_installed_by_its_full_hash(git_template: Path, tmp_path: Path) -> None:
@@ -964,7 +971,7 @@ def test_every_spelling_of_a_git_address_is_one_that_pip_knows(
     with local.env(**rewrite):  # which copier starts git with
         render(source, tmp_path / "out")
 
-    assert Requirement(requirement_of(tmp_path / "out")).url == f"git+{installed}@v0.1.0"
+    assert Requirement(requirement_of(tmp_path / "out")).url == f"git+{installed}@{RELEASE}"
 
 
 def test_a_password_in_the_address_is_refused(git_template: Path, tmp_path: Path) -> None:
