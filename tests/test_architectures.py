@@ -56,7 +56,7 @@ def test_architecture_goes_all_the_way(fresh: Sandbox, page: dict[str, list[str]
     assert [*page[case.name][:4], *page[case.name][6:]] == list(row.cells())
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_comes_out_wrong_is_refused(fresh: Sandbox, page: dict[str, list[str]], name: str) -> None:
     """The download says so, before anything is trained, and the docs say the same."""
     row = matrix.run(BY_NAME[name], fresh.root)
