@@ -284,6 +284,14 @@ CASES: list[tuple[Change, str, Any, str, str]] = [
         "there are",
     ),
     (steps(), "passes/1/type", "MergeAdapterWeights", "passes", "adapter inside"),
+    (steps(apart={"type": "ExtractAdapters"}), "passes/1/type", "ModelBuilder", "type", "file of its own"),
+    (
+        steps(apart={"type": "ExtractAdapters"}, gptq={"type": "GptqQuantizer"}),
+        "passes/1/type",
+        "MergeAdapterWeights",
+        "type",
+        "cannot stay beside",
+    ),
     (
         lambda old: old.update(evaluators={"e": {"metrics": []}}),
         "evaluators",
@@ -449,6 +457,17 @@ def test_placeholders_are_named(tmp_path: Path) -> None:
     [note] = [note for note in result.notes if "placeholder" in note.text]
     assert "'Your Azure Resource Group'" in note.text
     assert json.dumps("resource_group") in (tmp_path / "old.json").read_text().splitlines()[note.line - 1]
+    assert "Your Azure" not in result.job
+
+
+def test_where_the_workspace_is_said_today(tmp_path: Path) -> None:
+    """The job file has no place for a workspace: the commands that `edgetune submit` goes by are named."""
+    _, result = result_of(tmp_path, old_file(azureml_client=CLIENT))
+
+    told = [note.text for note in result.notes if note.kind == "to do"]
+    assert any(
+        "`az account set --subscription s-1`, `az configure --defaults group=rg workspace=ws`" in t for t in told
+    )
 
 
 def options(**choices: Any) -> st.SearchStrategy[dict[str, Any]]:

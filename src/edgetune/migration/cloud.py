@@ -55,6 +55,14 @@ class CloudJob:
         content["distribution"] = {"type": "pytorch", "process_count_per_instance": 1}
         return "\n".join([*(f"# {' '.join(line.splitlines())}" for line in head), *_yaml(content), ""])
 
+    def defaults(self) -> str:
+        """Return the commands that make the old file's workspace the one of `az`."""
+        ids = {key: shlex.quote(value) for key, value in self.workspace.items()}
+        account = [f"`az account set --subscription {ids['subscription_id']}`"] if "subscription_id" in ids else []
+        names = {"resource_group": "group", "workspace_name": "workspace"}
+        named = " ".join(f"{name}={ids[key]}" for key, name in names.items() if key in ids)
+        return ", ".join(account + ([f"`az configure --defaults {named}`"] if named else []))
+
     def _command(self) -> list[str]:
         """Return the lines of the command."""
         token = [f"--hub-token {shlex.quote(f'{self.vault}/{_SECRET}')}"] if self.vault else []
@@ -73,9 +81,13 @@ def client(draft: Draft, job: CloudJob, place: Location) -> None:
     given = Section(draft, place)
     draft.changed(place, "azureml_client")
     for key in _WORKSPACE:
-        if found := given.take(key):
+        found = given.take(key)
+        if found and is_placeholder(found.value):
+            draft.to_do(found.place, f"{found.value!r} is a placeholder: tell `az` the real one (docs/azure.md)")
+        elif found:
             job.workspace[key] = str(found.value)
-            _check_placeholder(draft, found.place, found.value)
+    if job.workspace:
+        draft.to_do(place, f"tell `az` the workspace that `edgetune submit` sends to: {job.defaults()}")
     if found := given.take("keyvault_name"):
         job.vault = str(found.value)
         draft.changed(found.place, "keyvault_name")

@@ -155,7 +155,9 @@ RULES: dict[str, Rule] = {
     "InsertBeamSearch": Rule("", "ONNX Runtime GenAI searches by itself"),
     "OrtPerfTuning": Rule("", "edgetune chooses the threads when it runs a model"),
     "OrtSessionParamsTuning": Rule("", "edgetune chooses the threads when it runs a model"),
-    "ExtractAdapters": Rule("`MergeAdapterWeights`", "the adapter becomes part of the exported model"),
+    "ExtractAdapters": Rule(
+        "no `MergeAdapterWeights`", "without it, the adapter stays in a file of its own beside the exported model"
+    ),
     "precision": Rule("`precision`", "the precision has to be one the builder makes for the device"),
     "metadata_only": Rule("", "the model is always written"),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from edgetune.adapter_inputs import MODULES
 from edgetune.migration.data import split_off
 from edgetune.migration.draft import Draft, Old, Part, Section, free_name
 from edgetune.migration.names import RULES
@@ -31,7 +32,6 @@ _PLAIN = (
     "insertbeamsearch",
     "ortperftuning",
     "ortsessionparamstuning",
-    "extractadapters",
 )
 _OPTIONS = {
     "block_size": "int4_block_size",
@@ -55,6 +55,8 @@ class Passes:
         self.builder = dict[str, Part]()
         self.onnx: Part | None = None
         """What passes that made or changed ONNX ask of the builder."""
+        self.extract: Location | None = None
+        """Where the old file asks for the adapter in a file of its own."""
 
     def read(self, top: Section) -> Part:
         """Return today's ``passes``."""
@@ -85,6 +87,8 @@ class Passes:
             self.gptq[name] = self._gptq(given, kind, at)
         elif kind.lower() in ("modelbuilder", "genaimodelexporter"):
             self.builder[name] = self._build(given, kind, at)
+        elif kind.lower() == "extractadapters":
+            self.extract = at
         elif kind.lower() in (*_FP16, *_INT4, *_PLAIN):
             self._collect(given, kind, at)
         else:
@@ -269,6 +273,12 @@ class Passes:
         return new
 
     def _complete_merge(self, place: Location) -> None:
+        if self.extract is not None and not self.merge and self._fits_beside():
+            self.draft.changed(self.extract, "ExtractAdapters")
+            return
+        if self.extract is not None:
+            why = "what is trained is merged, or cannot stay beside the exported model (docs/adapters.md)"
+            self.draft.left_out(self.extract, why)
         if self.tuning and not self.merge:
             self._add(self.merge, "merge_adapter_weights", _typed_at("MergeAdapterWeights", place))
             self.draft.changed(place, "", "with MergeAdapterWeights", "the exported model has the adapter inside")
@@ -276,6 +286,20 @@ class Passes:
             for part in self.merge.values():
                 self.draft.left_out(part.place, "there is no adapter to merge")
             self.merge.clear()
+
+    def _fits_beside(self) -> bool:
+        """Tell whether the adapter can be in a file beside the exported model: others are refused there."""
+        builder = next(iter(self.builder.values()), {})
+        tuning = next(iter(self.tuning.values()), {})
+        modules = tuning.get("target_modules", [])
+        return (
+            tuning.get("type") == "LoRA"
+            and not self.gptq
+            and builder.get("precision") != "bf16"
+            and builder.get("use_cuda_bf16") is not True
+            and isinstance(modules, list)
+            and all(str(name).rpartition(".")[2] in MODULES for name in modules)
+        )
 
     def _complete_export(self, place: Location) -> None:
         if self.builder and self.onnx is not None:
