@@ -170,6 +170,8 @@ def test_workspace_of_az(tmp_path: Path) -> None:
 def test_placeholders_and_mistakes_are_told_together(mine: Sandbox) -> None:
     """Each with its file and line, before the SDK is asked."""
     replace(mine.root / "fine-tuning/azureml-job.yml", "cpu-cluster", "<compute>")
+    with (mine.root / "fine-tuning/azureml-job.yml").open("a") as file:
+        file.write('description: "azureml://datastores/d/paths/Your train_data.json Azure ML Location"')
     mine.edit(lambda c: c["passes"]["lora"].update(ranc=3))
 
     result = mine.run("submit", "--dry-run", env=IDS)
@@ -179,6 +181,7 @@ def test_placeholders_and_mistakes_are_told_together(mine: Sandbox) -> None:
     ) + 1
     assert result.returncode == 1
     assert f"error: fine-tuning/azureml-job.yml:{line}: '<compute>' is a placeholder" in result.stderr
+    assert "'Your train_data.json Azure ML Location' is a placeholder" in result.stderr
     assert "does not know the key 'ranc'" in result.stderr
 
 

@@ -100,6 +100,8 @@ def edit_training_args(**values: Any) -> Callable[[Any], None]:
             "did you mean 'learning_rate'",
         ),
         (lambda c: c.update(azureml_client={}), "azureml_client", "style of 2024 (azureml_client)", "edgetune migrate"),
+        (lambda c: c["passes"]["lora"].update(torch_dtype="float16"), "torch_dtype", "float32'", "--engine olive"),
+        (lambda c: c.update(evaluate_input_model=True), "evaluate_input_model", "should be false", "--engine olive"),
         (lambda c: c["passes"]["lora"].update(r=-3), '"r"', "greater than or equal to 1", ""),
         (edit_training_args(learning_rate="fast"), "learning_rate", "valid number", ""),
         (lambda c: c["passes"]["builder"].update(type="Rtn"), "passes", "does not run these passes", "--engine olive"),

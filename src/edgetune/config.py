@@ -200,7 +200,7 @@ def _explain(error: Any, source: JsonSource) -> Problem:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, owner.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"remove it, or {_OLIVE} if stock Olive knows it"
-        hint = _NO_FSDP if key.startswith("fsdp") else hint
+        hint = _NO_FSDP if key.startswith(("fsdp", "deepspeed")) else hint
         return Problem(f"the native engine does not know the key {key!r}", where, hint)
     if error["type"] == "missing":
         return Problem(f"the key {key!r} is missing", where, _README)
@@ -210,7 +210,11 @@ def _explain(error: Any, source: JsonSource) -> Problem:
     if isinstance(cause := error.get("ctx", {}).get("error"), WrongKeyError):
         path = (*path, cause.key)
         where = source.where(*path)
-    return Problem(f"{'.'.join(map(str, path))}: {message[0].lower()}{message[1:]}", where, _README)
+    hint = _README
+    if error["type"] in ("literal_error", "too_long"):  # a value that means something elsewhere
+        hint += f"; {_OLIVE} if stock Olive takes this value"
+        message = message.replace("be False", "be false")  # as JSON writes it
+    return Problem(f"{'.'.join(map(str, path))}: {message[0].lower()}{message[1:]}", where, hint)
 
 
 def _check_passes(workflow: Workflow) -> list[Problem]:

@@ -20,7 +20,7 @@ from edgetune.stages import Job
 
 _RUNTIME = "runtime"  # the folder beside the project's own that brings edgetune along
 _WITH_RUNTIME = f'export PYTHONPATH="$PWD/{_RUNTIME}"; edgetune() {{ python -m edgetune "$@"; }}; '
-_PLACEHOLDER = re.compile(r"<[A-Za-z][\w -]*>|\b[Yy]our[-_][\w-]+|\bYour [A-Z][\w ]*")
+_PLACEHOLDER = re.compile(r"<[A-Za-z][\w -]*>|\b[Yy]our[-_][\w-]+|\bYour \w[\w. ]*")
 _METADATA = ("METADATA", "entry_points.txt")
 
 
