@@ -218,6 +218,7 @@ def test_a_dry_run_prints_what_would_be_sent(mine: Sandbox) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("would be sent to the workspace w, resource group g, subscription s:\n")
     assert "compute: azureml:cpu-cluster" in result.stdout
+    assert "experiment_name: my-slm" in result.stdout
     assert "  datasets/train.jsonl  " in result.stdout
     assert "  runtime/edgetune/cli.py  " in result.stdout
     assert ".env" not in result.stdout
@@ -360,6 +361,7 @@ def test_what_the_service_says_is_told(mine: Sandbox, azure: AzureServer) -> Non
     result = submit(mine, azure)
     assert result.returncode == 1
     assert "az login" in result.stderr
+    assert "Attempted credentials" not in result.stderr
 
 
 # ---------------------------------------------------------------- within the job

@@ -102,6 +102,14 @@ def test_olive_engine_reports_success_and_failure(fresh: Sandbox) -> None:
     assert "error: gen-model/logs/olive.log: stock Olive produced no model" in result.stderr
     assert sorted((fresh.root / "gen-model/olive").rglob("*.onnx")) == models
 
+    fresh.edit(lambda c: c["passes"]["lora"].update(target_modules=["o_proj", "qkv_proj"]))
+    fresh.edit(lambda c: c["passes"]["builder"].update(precision="fp16"))
+    result = fresh.run("finetune", "--engine", "olive")
+
+    assert result.returncode == 1
+    assert "Olive said: FP16 is not supported on CPU." in result.stderr
+    assert "it said: Flow ['lora', 'merge_adapter_weights', 'builder'] is pruned" in result.stderr
+
 
 def shorten_for_olive(project: Sandbox) -> None:
     """Two optimiser steps: what Olive makes of the file is the point, not how well it learns."""

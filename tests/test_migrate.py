@@ -401,6 +401,7 @@ def test_azure(tmp_path: Path) -> None:
     )
     assert "edgetune finetune" in job["command"]
     assert "--hub-token safe/hf-token" in job["command"]
+    assert job["identity"] == {"type": "managed"}
     assert "conda.yaml" in said(result, "conda_file_path")
 
 

@@ -27,6 +27,8 @@ def check(arguments: argparse.Namespace) -> None:
     }
     if arguments.adapter and arguments.backend != "onnx":
         arguments.refuse(f"--adapter is for --backend onnx, not {arguments.backend}")
+    if arguments.adapter and arguments.engine == "olive":
+        arguments.refuse("--adapter is for the model of the native engine: leave out --engine")
     if arguments.chat and (wrong := [name for name in given if given[name] and name != "--set"]):
         arguments.refuse(f"--chat asks for lines itself: leave out {', '.join(wrong)}")
     if arguments.prompts and (wrong := [name for name in ("a text", "--set") if given[name]]):

@@ -5,6 +5,7 @@ Reads ``fine-tuning/azureml-job.yml`` and the project's files; writes ``gen-mode
 """
 
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,10 @@ from edgetune.stages import publish, read_json, run_lock, write_json
 
 OUTPUT = "gen_model"
 """What the job file calls the output that gets gen-model/."""
+
+
+_SAID = ("experiment_name", "display_name", "description", "tags")
+"""What the SDK sends and does not write down."""
 
 
 class LeftError(EdgetuneError):
@@ -63,6 +68,7 @@ def _check_installed() -> None:
     except ImportError as error:
         raise missing_extra("azureml", error) from None
     logging.getLogger("azure.ai.ml").setLevel(logging.ERROR)  # it warns of its own classes
+    logging.getLogger("azure.identity").setLevel(logging.ERROR)  # and tells at length what is in the error too
 
 
 @contextmanager
@@ -93,7 +99,8 @@ def _as_yaml(job: Any) -> str:
         job.dump(path)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     del content["component"]
-    return str(yaml.safe_dump(content | {"command": job.command, "code": ".."}, sort_keys=False, width=120))
+    said = {key: value for key in _SAID if (value := getattr(job, key))}
+    return str(yaml.safe_dump(content | said | {"command": job.command, "code": ".."}, sort_keys=False, width=120))
 
 
 def send(project: Project, client: Client, tell: Callable[[str], None]) -> str:
@@ -186,7 +193,11 @@ def _explained(what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except ClientAuthenticationError as error:
-        login = "log in with `az login`, or set AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET"
-        raise failure(f"{what}: {first_line(error)}", hint=login) from error
+        login = (
+            "log in with `az login`, or set AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET; "
+            "--debug shows what was tried"
+        )
+        failed = re.search(r"Credential: Authentication failed: (.*)", str(error))  # others are only not set up
+        raise failure(f"{what}: {failed[1] if failed else first_line(error)}", hint=login) from error
     except (AzureError, OSError, ValueError) as error:
         raise failure(f"{what}: {first_line(error)}", hint=hint) from error

@@ -416,8 +416,9 @@ def status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(as_json([vars(state) for state in states]))
         return
+    width = max(9, *(len(state.step) for state in states))
     for state in states:
-        print(f"{state.step:<9} {state.state:<12} {state.folder:<32} {state.detail}".rstrip())
+        print(f"{state.step:<{width}} {state.state:<12} {state.folder:<32} {state.detail}".rstrip())
 
 
 def migrate(arguments: argparse.Namespace) -> None:

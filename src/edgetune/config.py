@@ -102,7 +102,7 @@ def check(source: JsonSource, project: Project) -> Workflow:
     try:
         workflow = Workflow.model_validate(_known(source.data) if project.olive else source.data).located(source)
     except ValidationError as error:
-        problems += [_explain(details, source) for details in error.errors()]
+        problems += [_explain(details, source, project) for details in error.errors()]
         raise EdgetuneError(_in_order(problems)) from None
     order = _check_order_for_olive(workflow) if project.olive else _check_passes(workflow)
     problems += order or _check_references(workflow)
@@ -188,7 +188,7 @@ def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return tuple(p for i, p in enumerate(location) if not (i == 2 and location[0] == "passes"))  # noqa: PLR2004
 
 
-def _explain(error: Any, source: JsonSource) -> Problem:
+def _explain(error: Any, source: JsonSource, project: Project) -> Problem:
     """Turn one of pydantic's errors into a problem with a line and a hint."""
     location: tuple[str | int, ...] = error["loc"]
     path = _place(location)
@@ -211,8 +211,8 @@ def _explain(error: Any, source: JsonSource) -> Problem:
         path = (*path, cause.key)
         where = source.where(*path)
     hint = _README
-    if error["type"] in ("literal_error", "too_long"):  # a value that means something elsewhere
-        hint += f"; {_OLIVE} if stock Olive takes this value"
+    if error["type"] in ("literal_error", "too_long"):  # a value that may mean something elsewhere
+        hint += "" if project.olive else f"; {_OLIVE} if stock Olive takes this value"
         message = message.replace("be False", "be false")  # as JSON writes it
     return Problem(f"{'.'.join(map(str, path))}: {message[0].lower()}{message[1:]}", where, hint)
 

@@ -21,7 +21,9 @@ _PASS = re.compile(r"Running pass .*")
 _BAR = re.compile(r"^(?P<text>.*?):?\s*\d+%\|.*?\| *(?P<done>\d+)/(?P<total>\d+) \[")
 _IGNORED = re.compile(r"Keys (?P<keys>\{.*\}) are not part of (?P<owner>\w+)\. Ignoring them")
 _ERROR = re.compile(r"\[ERROR\]|^\w*(Error|Exception)\b.*: ")
-_LOGGED = re.compile(r"^\[.*?\] \[ERROR\] \[.*?\] ")
+_PRUNED = re.compile(r":validate_config\] |is pruned due to")
+"""Why a pass does not take its settings, which is no error to Olive."""
+_LOGGED = re.compile(r"^\[.*?\] \[[A-Z]+\] \[.*?\] ")
 _MOST_ERRORS = 5
 
 
@@ -46,6 +48,7 @@ def run_olive(job: Job, config: Path, output: Path, where: str = "") -> dict[str
     check_installed()
     command = [sys.executable, "-m", "olive", "run", "--config", str(config)]
     lines: list[str] = []
+    shown: tuple[str, ...] = ()
     with subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
         command,
         cwd=job.project.config_folder,
@@ -60,7 +63,11 @@ def run_olive(job: Job, config: Path, output: Path, where: str = "") -> dict[str
             for line in process.stdout or ():
                 sys.stdout.write(line)  # which is the stage's log
                 lines.append(line.rstrip())
-                _show(job, line, where)
+                if (bar := _BAR.search(line)) is None:
+                    _show(job, line, where)
+                elif bar.groups() != shown:  # written again whenever something is printed beside it
+                    shown = bar.groups()
+                    job.progress.advance(int(bar["done"]), int(bar["total"]), bar["text"].strip())
         except BaseException:
             process.terminate()
             process.wait()  # after Ctrl-C, Popen's own waiting is short
@@ -72,11 +79,9 @@ def run_olive(job: Job, config: Path, output: Path, where: str = "") -> dict[str
 
 
 def _show(job: Job, line: str, where: str) -> None:
-    """Tell what a line says about progress. Raises EdgetuneError for keys that are ignored, if ``where`` is given."""
+    """Tell which pass begins. Raises EdgetuneError for keys that are ignored, if ``where`` is given."""
     if found := _PASS.search(line):
         job.progress.say(found[0])
-    elif found := _BAR.search(line):
-        job.progress.advance(int(found["done"]), int(found["total"]), found["text"].strip())
     elif found := _IGNORED.search(line):
         said = f"Olive ignores {found['keys']}: {found['owner']} has no such keys"
         if where:
@@ -93,7 +98,8 @@ def _hub_access(job: Job) -> dict[str, str]:
 
 
 def _failed(job: Job, lines: list[str], code: int) -> EdgetuneError:
-    errors = list(dict.fromkeys(_errors(lines)))[-_MOST_ERRORS:] or lines[-1:] or ["nothing"]
+    found = [*_errors(lines, _ERROR)] or [*_errors(lines, _PRUNED)] or lines[-1:] or ["nothing"]
+    errors = list(dict.fromkeys(found))[-_MOST_ERRORS:]
     where = job.project.name(job.project.log(job.progress.stage))
     *others, last = errors
     message = f"stock Olive produced no model (its exit code was {code}); it said: {last}"
@@ -105,9 +111,9 @@ def _failed(job: Job, lines: list[str], code: int) -> EdgetuneError:
     )
 
 
-def _errors(lines: list[str]) -> Iterator[str]:
-    """Yield what was logged as an error and what was raised, with the lines that belong to it."""
+def _errors(lines: list[str], pattern: re.Pattern[str]) -> Iterator[str]:
+    """Yield the lines that match, each with those that belong to it."""
     for number, line in enumerate(lines):
-        if _ERROR.search(line):
+        if pattern.search(line):
             more = takewhile(lambda text: text.startswith("  - "), lines[number + 1 :])
             yield " ".join([_LOGGED.sub("", line), *map(str.strip, more)])

@@ -242,9 +242,10 @@ def _with_adapter(job: Job, base: Any, dtype: str) -> Any:
     trained, total = model.get_nb_trainable_parameters()
     precision = f"{tuning.quant_type} in {dtype}" if isinstance(tuning, QLoRA) else dtype
     modules = {name.rpartition(".")[2] for name in model.peft_config["default"].target_modules}
+    count = torch.get_num_threads()
     job.progress.say(
         f"{tuning.type} r {tuning.r} on {', '.join(sorted(modules))}: "
-        f"{trained:,} of {total:,} parameters; {precision} on {device()}, {torch.get_num_threads()} threads"
+        f"{trained:,} of {total:,} parameters; {precision} on {device()}, {count} thread{'s' if count > 1 else ''}"
     )
     return model
 

@@ -48,6 +48,8 @@ class CloudJob:
         if self.inputs:
             content["inputs"] = self.inputs
         content["outputs"] = {"gen_model": {"type": "uri_folder", "mode": "rw_mount"}}
+        if self.vault:
+            content["identity"] = {"type": "managed"}  # of the compute, which reads the token
         content["environment"] = self.environment or {"image": _IMAGE, "conda_file": CONDA_FILE}
         if self.compute:
             content["compute"] = f"azureml:{self.compute}"

@@ -289,8 +289,8 @@ class Passes:
 
     def _fits_beside(self) -> bool:
         """Tell whether the adapter can be in a file beside the exported model: others are refused there."""
-        builder = next(iter(self.builder.values()), {})
-        tuning = next(iter(self.tuning.values()), {})
+        builder: Mapping[str, Any] = next(iter(self.builder.values()), {})
+        tuning: Mapping[str, Any] = next(iter(self.tuning.values()), {})
         modules = tuning.get("target_modules", [])
         return (
             tuning.get("type") == "LoRA"
