@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune import cli
-from edgetune.schema import PASSED_ON_ARGUMENTS, Workflow
+from edgetune.schema import Workflow
+from edgetune.training_schema import PASSED_ON_ARGUMENTS
 
 ROOT = Path(__file__).parent.parent
 CLI = ROOT / "docs/cli.md"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from edgetune import config, data_schema, schema
+from edgetune import config, data_schema, schema, training_schema
 from edgetune.source import JsonSource
 
 JSON = st.recursive(
@@ -68,11 +68,11 @@ def test_training_arguments_are_transformers_own() -> None:
 
     names = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     olive = HFTrainingArguments()
-    for name, field in schema.TrainingArguments.model_fields.items():
+    for name, field in training_schema.TrainingArguments.model_fields.items():
         assert name in names
         if name in ("learning_rate", "lr_scheduler_type", "report_to", "eval_strategy"):
             assert field.default == getattr(olive, name)
-        elif name not in schema.PASSED_ON_ARGUMENTS and name != "gradient_checkpointing":
+        elif name not in training_schema.PASSED_ON_ARGUMENTS and name != "gradient_checkpointing":
             assert field.default == names[name].default, name
 
 

@@ -31,10 +31,10 @@ from edgetune.schema import (
     OtherPass,
     QLoRA,
     System,
-    TrainingArguments,
     Workflow,
 )
 from edgetune.source import JsonSource
+from edgetune.training_schema import TrainingArguments
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "input_model": InputModel,

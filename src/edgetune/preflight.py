@@ -54,7 +54,7 @@ def chosen(job: Job) -> Settings:
 
 def _settings(job: Job, plan: Plan | None) -> Settings:
     tuning = fine_tuning(job)
-    checkpointing = tuning.training_args.gradient_checkpointing  # type: ignore[attr-defined]
+    checkpointing = tuning.training_args.gradient_checkpointing
     if plan is None:  # an architecture of its own
         return Settings(tuning.torch_dtype or "float32", bool(checkpointing))
     available, bf16 = (None, True) if trains_on_gpu() else (limit(), bool(machine.has_bf16()))

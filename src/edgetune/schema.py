@@ -14,7 +14,6 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
-    create_model,
     field_validator,
     model_validator,
 )
@@ -22,6 +21,7 @@ from pydantic import (
 from edgetune.contract import Contract
 from edgetune.data_schema import DataConfig, Strict, WrongKeyError
 from edgetune.source import JsonSource
+from edgetune.training_schema import TrainingArguments
 
 
 class LoadKwargs(Strict):
@@ -84,104 +84,6 @@ class System(Strict):
     accelerators: Annotated[list[Accelerator], Field(min_length=1, max_length=1)]
 
 
-TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
-"""Experiment trackers that ``report_to`` may name."""
-
-
-class _TrainingArguments(Strict):
-    """The arguments with a default of Olive's, or that every run needs to be sane."""
-
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
-    lr_scheduler_type: str = "constant"
-    report_to: str | list[str] = "none"
-    eval_strategy: Literal["no", "steps", "epoch"] | None = None
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: int = -1
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
-    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    gradient_checkpointing: bool | None = None
-
-    @field_validator("report_to")
-    @classmethod
-    def _are_known_trackers(cls, value: str | list[str]) -> str | list[str]:
-        names = [value] if isinstance(value, str) else value
-        if wrong := [name for name in names if name not in (*TRACKERS, "none")]:
-            raise ValueError(f"{wrong[0]!r} is no tracker; there are {', '.join(TRACKERS)}, or none")
-        return value
-
-
-PASSED_ON_ARGUMENTS = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "average_tokens_across_devices",
-    "data_seed",
-    "dataloader_drop_last",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "eval_accumulation_steps",
-    "eval_delay",
-    "eval_on_start",
-    "eval_steps",
-    "full_determinism",
-    "gradient_checkpointing_kwargs",
-    "greater_is_better",
-    "ignore_data_skip",
-    "include_num_input_tokens_seen",
-    "label_smoothing_factor",
-    "liger_kernel_config",
-    "load_best_model_at_end",
-    "logging_first_step",
-    "logging_nan_inf_filter",
-    "logging_steps",
-    "logging_strategy",
-    "lr_scheduler_kwargs",
-    "metric_for_best_model",
-    "neftune_noise_alpha",
-    "optim",
-    "optim_args",
-    "project",
-    "run_name",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "tf32",
-    "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
-    "torch_empty_cache_steps",
-    "train_sampling_strategy",
-    "use_liger_kernel",
-    "warmup_steps",
-    "weight_decay",
-)
-"""TrainingArguments of transformers that are handed on as they are. Those missing here either belong to the
-runtime (where checkpoints lie, devices, precision) or reach outside the machine (the Hub)."""
-
-_NUMBERS = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "eval_steps",
-    "label_smoothing_factor",
-    "logging_steps",
-    "save_steps",
-    "warmup_steps",
-    "weight_decay",
-)
-
-TrainingArguments: type[_TrainingArguments] = create_model(
-    "TrainingArguments",
-    __base__=_TrainingArguments,
-    **{name: (float | None if name in _NUMBERS else Any, None) for name in PASSED_ON_ARGUMENTS},  # type: ignore[call-overload]
-)
-
-
 class _FineTuning(Strict):
     """What Olive's fine-tuning passes have in common."""
 
@@ -193,7 +95,7 @@ class _FineTuning(Strict):
     """None: what this machine is fastest with, see :func:`edgetune.preflight.chosen`. Olive takes bfloat16."""
     train_data_config: str
     eval_data_config: str | None = None
-    training_args: TrainingArguments = TrainingArguments()  # type: ignore[valid-type]
+    training_args: TrainingArguments = TrainingArguments()
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -21,7 +21,7 @@ _RUN_DIGITS = 8
 def chosen(job: Job) -> list[str]:
     """Return the trackers that the training arguments name."""
     tuning = job.workflow.tuning
-    given = tuning.training_args.report_to if tuning else "none"  # type: ignore[attr-defined]
+    given = tuning.training_args.report_to if tuning else "none"
     return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
 
 

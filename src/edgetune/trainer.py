@@ -27,7 +27,7 @@ def make_trainer(job: Job, model: Any, arguments: Any, loss: "CompletionLoss", t
 
     on_cuda = device() == "cuda"
     budget = None if on_cuda else BUDGET
-    configured = fine_tuning(job).training_args.per_device_train_batch_size  # type: ignore[attr-defined]
+    configured = fine_tuning(job).training_args.per_device_train_batch_size
     evaluated: list[torch.Tensor] = []
     trained = [weight for weight in model.parameters() if weight.requires_grad]
 

@@ -23,7 +23,7 @@ def training_arguments(job: Job, output: Path, settings: Settings, *, leads: boo
     """
     from transformers import TrainingArguments
 
-    given = fine_tuning(job).training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    given = fine_tuning(job).training_args.model_dump(exclude_none=True)
     if job.workflow.eval_data is None:
         given["eval_strategy"] = "no"
     given.setdefault("eval_strategy", "steps")
@@ -63,7 +63,7 @@ def training_arguments(job: Job, output: Path, settings: Settings, *, leads: boo
 
 def check_best_checkpoint(job: Job) -> None:
     """Raise EdgetuneError when nothing could tell which checkpoint is the best."""
-    given = fine_tuning(job).training_args.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    given = fine_tuning(job).training_args.model_dump(exclude_none=True)
     if not given.get("load_best_model_at_end"):
         return
     problem = None

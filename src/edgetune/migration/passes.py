@@ -7,8 +7,9 @@ from edgetune.adapter_inputs import MODULES
 from edgetune.migration.data import split_off
 from edgetune.migration.draft import Draft, Old, Part, Section, free_name
 from edgetune.migration.names import RULES
-from edgetune.schema import PRECISIONS, TRACKERS, DoRA, Gptq, LoRA, ModelBuilder, QLoRA, TrainingArguments
+from edgetune.schema import PRECISIONS, DoRA, Gptq, LoRA, ModelBuilder, QLoRA
 from edgetune.source import Location
+from edgetune.training_schema import TRACKERS, TrainingArguments
 
 _TUNING: dict[str, type[LoRA | DoRA | QLoRA]] = {"lora": LoRA, "dora": DoRA, "qlora": QLoRA, "loftq": QLoRA}
 _RENAMED = {"lora_r": "r", "lora_alpha": "alpha"}
