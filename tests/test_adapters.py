@@ -292,6 +292,7 @@ def test_an_adapter_of_another_project_takes_its_place(apart: Sandbox, tmp_path:
     added = apart.run("adapters", "--add", str(other.root))
 
     assert added.returncode == 0, added.stderr
+    assert "warning" not in added.stderr
     listed = json.loads(apart.run("adapters", "--json").stdout)
     assert [(one["name"], one["ranks"], one["fault"]) for one in listed] == [
         ("default", [64], ""),
@@ -305,6 +306,10 @@ def test_an_adapter_of_another_project_takes_its_place(apart: Sandbox, tmp_path:
     missing = apart.run("infer", "--adapter", "nobody", TONE)
     assert missing.returncode == 1
     assert "there is default, forgetful" in missing.stderr
+
+    other.edit(lambda c: c["passes"]["lora"]["training_args"].update(learning_rate=1e-4))
+    again = apart.run("adapters", "--add", str(other.root))
+    assert "it is older than its own project (train: changed: " in again.stderr
 
 
 @pytest.mark.slow

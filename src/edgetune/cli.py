@@ -303,6 +303,8 @@ def adapters(arguments: argparse.Namespace) -> None:
     from edgetune import adapters as beside
     from edgetune import config
     from edgetune.backends import folder_of
+    from edgetune.infer import stale
+    from edgetune.stages import Job
 
     if arguments.name and not arguments.add:
         arguments.refuse("--name can only be given with --add")
@@ -312,11 +314,13 @@ def adapters(arguments: argparse.Namespace) -> None:
         other = Project.find(arguments.add)
         if not arguments.add.is_dir() or other.root == job.project.root:
             raise failure("this is no other project", where=str(arguments.add), hint="name another project's folder")
-        contract = config.load(other).contract
+        theirs = Job.start(other, config.load(other))
         path = beside.add(job, model, other.stage_folder("train"), arguments.name or other.root.name)
         tell(f"{job.project.name(path)}: ask it with `edgetune infer --adapter {path.stem}`")
-        if contract != job.workflow.contract:
+        if theirs.workflow.contract != job.workflow.contract:
             tell("warning: it was trained on another template than this project has, which `edgetune infer` asks it in")
+        if older := stale(theirs, "adapter"):
+            tell(f"warning: it is older than its own project ({older}), where `edgetune finetune` renews it")
     found = beside.found(job, model)
     if arguments.json:
         print(as_json([vars(one) for one in found]))
