@@ -5,8 +5,6 @@ project's own. ``gen-model/adapters/`` has those of other projects with the same
 model it belongs to: its ``model_version`` is the beginning of the hash of the base model's files.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from edgetune import adapter_inputs
 from edgetune.download import digests
 from edgetune.errors import failure, missing_extra
 from edgetune.merge import Adapter
-from edgetune.stages import Job, changes, partial_folder, published, read_manifest
+from edgetune.stages import Job, changes, content_digest, partial_folder, published, read_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +36,7 @@ def own(model: Path) -> Path:
 
 def base_version(base: Mapping[str, str]) -> int:
     """Return the number that stands for a base model, given the sha256 of its files."""
-    return int(hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()[:7], 16)  # an int32
+    return int(content_digest(base)[:7], 16)  # an int32
 
 
 def is_beside(job: Job) -> bool:

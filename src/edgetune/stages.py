@@ -168,8 +168,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def key_of(stage: str, format_number: int, inputs: Mapping[str, Any]) -> str:
     """Return the key of a stage: raise ``format_number`` when the same inputs give another result."""
-    content = json.dumps([stage, format_number, inputs], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return content_digest([stage, format_number, inputs])
+
+
+def content_digest(content: Any) -> str:
+    """Return the sha256 of what JSON can say; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
