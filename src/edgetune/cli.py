@@ -17,7 +17,6 @@ from edgetune.errors import (
     Problem,
     TerminatedError,
     failure,
-    missing_extra,
 )
 from edgetune.project import Project
 
@@ -109,7 +108,9 @@ def _finish_split(project: Project) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train the adapter (after whatever is missing before it)."""
-    _check_processes(arguments)
+    from edgetune import launch
+
+    launch.check(arguments)
     _tune(arguments, "train")
 
 
@@ -182,9 +183,9 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def finetune(arguments: argparse.Namespace) -> None:
     """Download, check, train, merge, export and verify; each step only if its inputs changed."""
-    from edgetune import in_job
+    from edgetune import in_job, launch
 
-    _check_processes(arguments)
+    launch.check(arguments)
     mounts = [(source, name) for source, name in arguments.mount]
     given = in_job.JobOptions(
         mounts, arguments.base_model, arguments.hub_token, arguments.copy_results, arguments.engine == "olive"
@@ -206,87 +207,21 @@ def _finetune(arguments: argparse.Namespace) -> None:
     print(job.project.name(olive.run(job)))
 
 
-def _check_processes(arguments: argparse.Namespace) -> None:
-    """Refuse options, or a launcher, that would not count; forget a launcher that has started one process."""
-    from edgetune import distributed
-
-    smoke, olive = vars(arguments).get("smoke"), vars(arguments).get("engine") == "olive"
-    if smoke and olive:
-        arguments.refuse("--smoke tries the native engine: leave out --engine")
-    launched = distributed.started()
-    machines = [option.partition("=")[0] for option in _torchrun_options(arguments)]
-    given = [*(["--nproc"] if arguments.nproc > 1 else []), *machines]
-    if olive and (launched or given):
-        without = ", ".join(given) or "the launcher"
-        arguments.refuse(f"--engine olive is one process: leave out {without}")
-    if smoke and (launched or machines):
-        arguments.refuse("--smoke is for one machine, where --nproc says how many processes train")
-    if launched and given:
-        arguments.refuse(
-            f"a launcher says how many processes train here: leave out {', '.join(given)} "
-            "(Azure ML: process_count_per_instance)"
-        )
-    if os.environ.get("WORLD_SIZE") == "1":
-        distributed.forget_launcher()
-
-
 def _tune(arguments: argparse.Namespace, last: str) -> None:
-    """Run the steps; train in as many processes as were asked for, or as a launcher has started."""
-    from edgetune import distributed, torchrun
+    from edgetune import launch
 
-    passed_on = _torchrun_options(arguments)
-    if distributed.started():
-        _tune_with_others(arguments, last)
-    elif passed_on:
-        max_bad = [] if arguments.max_bad is None else [f"--max-bad={arguments.max_bad}"]
-        results = vars(arguments).get("copy_results")
-        copied = [f"--copy-results={results.absolute()}"] if results else []
-        debug = ["--debug"] if arguments.debug else []
-        command = [arguments.run.__name__, f"--project={arguments.project.absolute()}", *max_bad, *copied, *debug]
-        torchrun.on_machines(passed_on, arguments.nproc, command)
-    else:
-        _print_result(_run_steps(arguments, last, _processes(arguments)), last)
-
-
-def _tune_with_others(arguments: argparse.Namespace, last: str) -> None:
-    """Run the steps as the first process, take part in the training as any other one."""
-    from edgetune import worker
-    from edgetune.distributed import Launched, Team
-
-    try:
-        team = Team.connect()
-    except ImportError as error:
-        raise missing_extra("train", error) from None
-    if team.rank:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(wanted, signal.SIG_DFL)  # the first process is the one that says so
-        with team.leaving():
-            worker.take_part(_start(arguments), team)
-        return
-    try:
-        _print_result(_run_steps(arguments, last, Launched(team)), last)
-    finally:
-        team.dismiss()
-
-
-def _processes(arguments: argparse.Namespace) -> "Torchrun | None":
-    """Return what starts the processes that ``--nproc`` asks for; None when it is one."""
-    from edgetune.torchrun import Torchrun
-
-    return Torchrun(arguments.nproc) if arguments.nproc > 1 else None
-
-
-def _torchrun_options(arguments: argparse.Namespace) -> list[str]:
-    """Return the options for torchrun that were given."""
-    given = {name: getattr(arguments, name[2:].replace("-", "_")) for name in options.TORCHRUN_OPTIONS}
-    return [f"{name}={value}" for name, value in given.items() if value is not None]
+    launch.start(
+        arguments,
+        lead=lambda processes: _print_result(_run_steps(arguments, last, processes), last),
+        join=lambda: _start(arguments),
+    )
 
 
 def _smoke(arguments: argparse.Namespace) -> None:
-    from edgetune import smoke
+    from edgetune import launch, smoke
 
     job = _start(arguments)
-    job.processes = _processes(arguments)
+    job.processes = launch.on_this_machine(arguments)
     print("\n".join(smoke.summary(smoke.run(job))))
 
 
