@@ -33,12 +33,8 @@ _WINDOW = 256
 _MANY = 16
 """More rows than this take long enough for progress to be told."""
 
-_MADE_IN = {
-    "base": ("download",),
-    "adapter": ("download", "data", "train"),
-    "merged": ("download", "data", "train", "merge"),
-}
-"""The steps that each model depends on; the exported one on all."""
+_MADE_BY = {"base": "download", "adapter": "train", "merged": "merge", "onnx": "verify"}
+"""The last of the steps that each model depends on."""
 
 
 def given_columns(pairs: Iterable[str]) -> dict[str, str]:
@@ -202,6 +198,4 @@ def stale(job: Job, backend: str) -> str:
     """Say which of the results that a model depends on are older than the project; empty when none is."""
     from edgetune import workflow
 
-    states = [state for state in workflow.status(job) if state.state == "stale"]
-    made_in = [state for state in states if backend == "onnx" or state.step in _MADE_IN[backend]]
-    return "; ".join(f"{state.step}: {state.detail}" for state in made_in)
+    return workflow.stale(job, _MADE_BY[backend])

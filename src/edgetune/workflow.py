@@ -185,10 +185,15 @@ def status(job: Job) -> list[StepState]:
     return states
 
 
-def stale(job: Job) -> str:
-    """Say which published results are older than what they depend on; empty when none is."""
-    states = [state for state in status(job) if state.state == "stale" and state.step != "verify"]
-    return "; ".join(f"{state.step}: {state.detail}" for state in states)
+def stale(job: Job, last: str = export.NAME) -> str:
+    """Say which results of the steps up to ``last`` are older than what they depend on; empty when none is."""
+    found = []
+    for state in status(job):
+        if state.state == "stale":
+            found.append(f"{state.step}: {state.detail}")
+        if state.step == last:
+            break
+    return "; ".join(found)
 
 
 def _verify_state(job: Job, changed: str) -> StepState:
