@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Sandbox
 from edgetune.checks.merge import compare_weights
+from edgetune.four_bits import rounded, scales
 from edgetune.merge import Update, write_merged
 from edgetune.quantised import Quantisation
 from edgetune.stages import read_manifest, sha256
@@ -166,6 +167,33 @@ def through_four_bits(weight: torch.Tensor, quantisation: Quantisation) -> torch
     return result
 
 
+@given(
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.tuples(st.integers(2, 70), st.integers(1, 35).map(lambda half: 2 * half)),  # the others it takes another way
+    st.sampled_from([0.0, 1e-42, 1e-6, 0.02, 3000.0]),
+    st.integers(0, 2**31),
+)
+def test_four_bits_are_those_of_bitsandbytes(
+    quant_type: str, dtype: torch.dtype, shape: tuple[int, int], size: float, seed: int
+) -> None:
+    """Exactly those, for weights on the boundaries between two numbers and blocks without any values as well."""
+    from bitsandbytes.functional import get_4bit_type
+
+    source = torch.Generator().manual_seed(seed)
+    numbers = get_4bit_type(quant_type, device="cpu").sort().values  # type: ignore[no-untyped-call]
+    special = torch.cat([numbers, (numbers[:-1] + numbers[1:]) / 2, torch.tensor([-1.0, 1.0, 0.0])])
+    drawn = special[torch.randint(len(special), shape, generator=source)]
+    drawn = torch.where(torch.rand(shape, generator=source) < 0.5, drawn, torch.randn(shape, generator=source))
+    weight = (drawn * size).to(dtype)
+
+    found = rounded(weight, scales(weight), quant_type)
+
+    name = str(dtype).removeprefix("torch.")
+    expected = through_four_bits(weight, Quantisation(quant_type=quant_type, dtype=name))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "QLoRA", "QLoRA twice"])
 def test_merging_some_rows_at_a_time(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
@@ -231,6 +259,7 @@ def test_merging_takes_little_memory(tmp_path: Path) -> None:
 import sys, torch
 from pathlib import Path
 from edgetune.checks.merge import compare_weights
+from edgetune.four_bits import rounded, scales
 from edgetune.merge import write_merged
 from edgetune.memory import peak_memory_mb, reset_peak_memory
 base, adapter, merged = map(Path, sys.argv[1:])

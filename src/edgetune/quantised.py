@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from edgetune import four_bits
 from edgetune.errors import missing_extra
 from edgetune.schema import FineTuning, QLoRA
 from edgetune.stages import write_json
@@ -87,38 +88,33 @@ class Quantisation:
     def trained_on(self, name: str, weight: Tensor) -> Iterator[tuple[slice, "torch.Tensor"]]:
         """Yield a base weight as training saw it, some rows at a time.
 
-        What comes out of 4 bits is not rounded to the stored type; meanwhile, all of it is held in 4 bits.
+        What comes out of 4 bits is not rounded to the stored type. Raises EdgetuneError when bitsandbytes is missing.
         """
         if name not in self.tensors:
             yield from ((rows, weight.read(rows)) for rows in weight.slices())
             return
-        functional = bitsandbytes().functional
+        import torch
+
+        bitsandbytes()
         slices = list(weight.slices())
-        packed = [self._packed(weight.read(rows)) for rows in slices]
+        scales = [four_bits.scales(self._loaded(weight, rows)) for rows in slices]
         if self.double_quant:
-            self._quantise_scales([state for _, state in packed])
-        for rows, (data, state) in zip(slices, packed, strict=True):
-            yield rows, functional.dequantize_4bit(data, state)
+            scales = list(torch.split(_in_8_bits(torch.cat(scales)), [len(part) for part in scales]))
+        for rows, held in zip(slices, scales, strict=True):
+            yield rows, four_bits.rounded(self._loaded(weight, rows), held, self.quant_type)
 
-    def _packed(self, weight: "torch.Tensor") -> tuple["torch.Tensor", Any]:
+    def _loaded(self, weight: Tensor, rows: slice) -> "torch.Tensor":
         import torch
 
-        given = weight.to(getattr(torch, self.dtype))
-        packed: tuple[torch.Tensor, Any] = bitsandbytes().functional.quantize_4bit(given, quant_type=self.quant_type)
-        return packed
+        return weight.read(rows).to(getattr(torch, self.dtype))
 
-    def _quantise_scales(self, states: list[Any]) -> None:
-        """Send the scales of a matrix through 8 bits, all at once as their mean is taken off before.
 
-        As bitsandbytes' ``quantize_4bit`` does with ``compress_statistics`` (QLoRA, arXiv:2305.14314, section 3).
-        """
-        import torch
+def _in_8_bits(scales: "torch.Tensor") -> "torch.Tensor":
+    """Send the scales of a matrix through 8 bits, all at once as their mean is taken off before.
 
-        functional = bitsandbytes().functional
-        scales = torch.cat([state.absmax for state in states])
-        offset = scales.mean()
-        scales = (
-            functional.dequantize_blockwise(*functional.quantize_blockwise(scales - offset, blocksize=256)) + offset
-        )
-        for state, part in zip(states, scales.split([len(state.absmax) for state in states]), strict=True):
-            state.absmax = part
+    As bitsandbytes' ``quantize_4bit`` does with ``compress_statistics`` (QLoRA, arXiv:2305.14314, section 3).
+    """
+    functional, offset = bitsandbytes().functional, scales.mean()
+    packed = functional.quantize_blockwise(scales - offset, blocksize=256)
+    held: torch.Tensor = functional.dequantize_blockwise(*packed)
+    return held + offset

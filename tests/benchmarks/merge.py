@@ -104,23 +104,28 @@ def main() -> None:
             write_model(name, base, file_bytes)
             given = [str(base), str(adapter), str(R), arguments.method]
             subprocess.run([sys.executable, "-c", WRITE_ADAPTER, *given], check=True)
-            numbers.append({"model": name, **measure(base, adapter, ways, arguments.repeat)})
+            imports = "import bitsandbytes\n" if arguments.method == "qlora" else ""
+            scripts = {way: imports + WAYS[way] + MEASURE for way in ways}
+            numbers.append({"model": name, **measure(base, adapter, scripts, arguments.repeat)})
         print(table(numbers[-1:]), flush=True)
     if arguments.save:
         kind = "-".join([arguments.method] * (arguments.method != "lora") + ["one_file"] * arguments.one_file)
         save(f"merge-{kind}".rstrip("-"), numbers, "torch", "transformers", "peft", "safetensors")
 
 
-def measure(base: Path, adapter: Path, ways: list[str], repeat: int) -> dict[str, Any]:
-    """Merge one model in every way; return seconds and peaks (MB above the imports) by way, and sizes in bytes."""
+def measure(base: Path, adapter: Path, scripts: dict[str, str], repeat: int) -> dict[str, Any]:
+    """Merge one model with each script, by its name.
+
+    Returns seconds and peaks (MB above the imports) by name, and sizes in bytes.
+    """
     scratch = base.parent
     files = [path.stat().st_size for path in base.glob("*.safetensors")]
-    found: dict[str, Any] = {way: [] for way in (COPY, *ways)}
+    found: dict[str, Any] = {way: [] for way in (COPY, *scripts)}
     for _ in range(repeat):
         found[COPY].append({"seconds": copied(base, scratch / "copy"), "peak_mb": 0.0})
-        for way in ways:
+        for way, script in scripts.items():
             target = scratch / ("theirs" if way.startswith("PEFT") else "ours")
-            command = [sys.executable, "-c", WAYS[way] + MEASURE, str(base), str(adapter), str(target)]
+            command = [sys.executable, "-c", script, str(base), str(adapter), str(target)]
             found[way].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
         for folder in ("ours", "theirs"):
             shutil.rmtree(scratch / folder, ignore_errors=True)
