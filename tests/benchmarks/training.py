@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--trl-rows", type=int, default=8, help="in bfloat16; 0: leave it out")
     parser.add_argument("--trl-float32-rows", type=int, default=8, help="0: leave it out")
-    parser.add_argument("--olive-rows", type=int, default=0, help="0: leave it out")
+    parser.add_argument("--olive-rows", type=int, default=8, help="with --method lora; 0: leave it out")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -191,9 +191,10 @@ def compared(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for kind, count in (("bfloat16", arguments.trl_rows), ("float32", arguments.trl_float32_rows)):
         if count:
             runs[f"TRL, {kind}"] = trl(project, scratch, arguments, kind, count)
-    if arguments.olive_rows:
-        runs["Olive, bfloat16"] = olive(project, scratch, arguments, arguments.olive_rows)
-    per_second = {kind: bare(arguments.model, rows, kind) for kind in dict.fromkeys((dtype, "bfloat16"))}
+    if arguments.olive_rows and arguments.method == "lora":
+        runs["Olive, bfloat16"] = olive(project, scratch, arguments.olive_rows)
+    dtypes = dict.fromkeys([dtype, *(name.partition(", ")[2] for name in runs if name != "edgetune")])
+    per_second = {kind: bare(arguments.model, rows, kind) for kind in dtypes}
     return {
         "model": arguments.model,
         "method": arguments.method,
@@ -254,9 +255,8 @@ def trl(project: Path, scratch: Path, arguments: argparse.Namespace, dtype: str,
     return {"rows": rows, "samples": samples_per_second(result), "peak": peak}
 
 
-def olive(project: Path, scratch: Path, arguments: argparse.Namespace, rows: int) -> dict[str, Any]:
+def olive(project: Path, scratch: Path, rows: int) -> dict[str, Any]:
     """Train with Olive's own pass."""
-    assert arguments.method == "lora"
     config = configured(project, "olive-only.json", rows, tuning={"torch_dtype": "bfloat16"})
     result = scratch / "olive.json"
     command = [str(peer("olive")), "-c", OLIVE, config.name, str(result)]
