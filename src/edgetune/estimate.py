@@ -208,10 +208,9 @@ def train_memory(plan: Plan) -> float:
     return plan.processes * (LIBRARIES + plan.weights + max(read, held))
 
 
-def merge_memory(plan: Plan) -> float:
-    """Return the peak of merging: the weights go by some rows at a time, for QLoRA in 4 bits a whole matrix as well."""
-    largest = max(one * other for one, other in plan.shape.linear_layers.values())
-    return LIBRARIES + MERGE_BYTES + (NF4_BYTES * largest if plan.method == "QLoRA" else 0)
+def merge_memory(_plan: Plan) -> float:
+    """Return the peak of merging: the weights go by some rows at a time, however many there are."""
+    return LIBRARIES + MERGE_BYTES
 
 
 def export_memory(plan: Plan) -> float:
