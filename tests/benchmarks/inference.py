@@ -80,14 +80,15 @@ def main() -> None:
         "--model", default="1.1B", choices=[n for n, m in common.MODELS.items() if m["model_type"] == "llama"]
     )
     parser.add_argument("--grid", action="store_true", help="compare settings instead of engines")
-    parser.add_argument("--only", default="", help="with --grid: a part of the names of the settings")
+    names = [setting.name for setting in GRID]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SETTING", help="with --grid")
     parser.add_argument("--rounds", type=int, default=2, help="the best of so many counts")
     parser.add_argument("--save", action="store_true", help="keep the numbers for docs/performance.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         project = prepared(Path(scratch), arguments.model, LAYERS if arguments.grid else None)
         if arguments.grid:
-            chosen = [setting for setting in GRID if arguments.only in setting.name]
+            chosen = [setting for setting in GRID if setting.name in arguments.only]
             numbers: Any = grid(project, arguments.model, chosen, arguments.rounds)
         else:
             numbers = engines(project, arguments.model, arguments.rounds)

@@ -2,7 +2,7 @@
 
 Base models have random bfloat16 weights, adapters are of rank 64 on all linear layers; those of QLoRA were trained on
 4 bits of them. Every merge is a process of its own; what is measured begins when its libraries are imported. The files
-are in the page cache for all of them.
+are in the page cache for all of them, as far as it goes.
 """
 
 import argparse
